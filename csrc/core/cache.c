@@ -1,4 +1,4 @@
-/* The cache: its sizes, its buffers and the operations that move whole rows (CONTRACT 7). */
+/* The cache: its sizes, its buffers and the operations that move whole rows. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,7 +76,8 @@ static lola_status allocate(lola_cache *cache, int first, void **block, lola_mes
   for (int i = first; i < cache->buffer_count; i++) {
     int64_t bytes = cache->buffers[i].nbytes;
     if (bytes < 0 || total > (INT64_C(1) << 56))
-      return lola_fail(message, LOLA_MEMORY_ERROR, "a cache of these sizes does not fit in memory: %s alone needs more than 2**56 bytes",
+      return lola_fail(message, LOLA_MEMORY_ERROR,
+                       "a cache of these sizes does not fit in memory: %s alone needs more than 2**56 bytes",
                        cache->buffers[i].name);
     total += aligned(bytes);
   }
@@ -230,17 +231,18 @@ int64_t lola_cache_window_start(const lola_cache *cache, int64_t row) {
 }
 
 lola_status lola_cache_crop(lola_cache *cache, int64_t tokens, lola_message *message) {
-  if (tokens < 0)
-    return lola_fail(message, LOLA_VALUE_ERROR, "n must be at least 0, got %lld", (long long)tokens);
+  if (tokens < 0) return lola_fail(message, LOLA_VALUE_ERROR, "n must be at least 0, got %lld", (long long)tokens);
   if (cache->config.score == LOLA_SCORE_ATTENTION)
-    return lola_fail(message, LOLA_VALUE_ERROR,
-                     "a cache with score='attention' cannot be cropped: the weight its pairs received is already summed");
+    return lola_fail(
+        message, LOLA_VALUE_ERROR,
+        "a cache with score='attention' cannot be cropped: the weight its pairs received is already summed");
   for (int64_t b = 0; b < cache->shape.batch; b++) {
     if (cache->tokens_seen[b] <= tokens) continue;
     int64_t start = cache->chunks[b] * cache->config.chunk;
     if (tokens < start)
       return lola_fail(message, LOLA_VALUE_ERROR,
-                       "n must be at least %lld, the start of row %lld's current chunk (what was folded before it cannot be undone), got %lld",
+                       "n must be at least %lld, the start of row %lld's current chunk (what was folded before it "
+                       "cannot be undone), got %lld",
                        (long long)start, (long long)b, (long long)tokens);
   }
   for (int64_t b = 0; b < cache->shape.batch; b++)
@@ -268,13 +270,15 @@ lola_status lola_cache_check(const lola_cache *cache, lola_message *message) {
       for (int64_t i = 0; i < count; i++) {
         int64_t position = cache->sparse_positions[(b * S + g) * L + i];
         if (position < 0 || position >= first)
-          return lola_fail(message, LOLA_VALUE_ERROR, "row %lld, set %lld: sparse position %lld is not before the window",
-                           (long long)b, (long long)g, (long long)position);
+          return lola_fail(message, LOLA_VALUE_ERROR,
+                           "row %lld, set %lld: sparse position %lld is not before the window", (long long)b,
+                           (long long)g, (long long)position);
       }
       for (int64_t h = g * r; h < (g + 1) * r; h++)
         if (cache->folded[b * cache->shape.heads + h] != first - count)
-          return lola_fail(message, LOLA_VALUE_ERROR, "row %lld, head %lld: %lld pairs folded, expected %lld", (long long)b,
-                           (long long)h, (long long)cache->folded[b * cache->shape.heads + h], (long long)(first - count));
+          return lola_fail(message, LOLA_VALUE_ERROR, "row %lld, head %lld: %lld pairs folded, expected %lld",
+                           (long long)b, (long long)h, (long long)cache->folded[b * cache->shape.heads + h],
+                           (long long)(first - count));
     }
   }
   return LOLA_OK;

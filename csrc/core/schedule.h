@@ -1,4 +1,4 @@
-/* The time line (CONTRACT 2), written once for every backend.
+/* The time line, written once for every backend.
  *
  * Chunk n holds positions nC .. nC+C-1. A query of chunk n sees the window max(0, nC-W) .. t, the sparse cache G_n
  * and the hidden state H_n. When the first token of chunk n arrives, positions nC-W-C .. nC-W-1 leave the window. */

@@ -1,8 +1,8 @@
-/* attend: softmax over window and sparse pairs, mixed with the linear term (Eq. 14, CONTRACT 4).
+/* attend: softmax over window and sparse pairs, mixed with the linear term (Eq. 14).
  *
- * S^T = K Q^T with a query per lane, so the softmax runs lane-wise and S^T is already the broadcast operand of P V. Pairs
- * are gathered and widened to float32 once per block of queries, KEYS at a time, with an online softmax between. Scores
- * carry a factor log2(e) in Q, so the exponential is a power of two. */
+ * S^T = K Q^T with a query per lane, so the softmax runs lane-wise and S^T is already the broadcast operand of P V.
+ * Pairs are gathered and widened to float32 once per block of queries, KEYS at a time, with an online softmax between.
+ * Scores carry a factor log2(e) in Q, so the exponential is a power of two. */
 #include <math.h>
 #include <string.h>
 
@@ -16,8 +16,8 @@ static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 static int64_t panels_of(int64_t tokens, int64_t heads) { return (tokens * heads + LOLA_PANEL - 1) / LOLA_PANEL; }
 
-void lola_attend_scratch_take(lola_scratch *scratch, lola_attend_scratch *pieces, int64_t tokens, int64_t heads, int64_t D,
-                              int64_t Dv) {
+void lola_attend_scratch_take(lola_scratch *scratch, lola_attend_scratch *pieces, int64_t tokens, int64_t heads,
+                              int64_t D, int64_t Dv) {
   int64_t rows = panels_of(tokens, heads) * LOLA_PANEL;
   pieces->q = lola_scratch_take(scratch, rows * D, sizeof(float));
   pieces->k = lola_scratch_take(scratch, KEYS * D, sizeof(float));
@@ -54,8 +54,8 @@ lola_weights lola_mix(lola_mixing mixing, float gate, float m, float l, float z)
 }
 
 /* Q of one panel, scaled, a query per lane: q[d LOLA_PANEL + lane]. Lanes past the last query repeat zeros. */
-static void pack_queries(const lola_kernels *kernels, const lola_block *block, int64_t first, int64_t rows, int64_t width,
-                         float *q, float *x) {
+static void pack_queries(const lola_kernels *kernels, const lola_block *block, int64_t first, int64_t rows,
+                         int64_t width, float *q, float *x) {
   int64_t D = block->D;
   for (int64_t lane = 0; lane < width; lane += 4) {
     const void *from[4];
@@ -132,7 +132,8 @@ static void weigh_pairs(const lola_kernels *kernels, const lola_block *block, co
       int64_t seen = score_panel(kernels, block, block->keys + at, count, panel, scratch);
       for (int64_t i = 0; i < panel.width; i++)
         scratch->alpha[i] = i < panel.rows ? row_weights(block, panel.first + i, scratch).softmax : 0;
-      kernels->weigh_rows(seen, panel.width, scratch->s, scratch->m + panel.first, scratch->alpha, block->received + at);
+      kernels->weigh_rows(seen, panel.width, scratch->s, scratch->m + panel.first, scratch->alpha,
+                          block->received + at);
     }
   }
 }
@@ -198,9 +199,19 @@ static void attend_task(void *context, int64_t index, int worker) {
     keys[count++] = (lola_key){lola_at(&call->k, b, j, set), lola_at(&call->v, b, j, set), from > 0 ? (int32_t)from : 0,
                                LOLA_ALWAYS};
   }
-  lola_block block = {.tokens = tokens, .heads = heads, .D = call->D, .Dv = Dv, .dtype = call->k.dtype,
-                      .q = call->q, .out = call->out, .keys = keys, .key_count = count, .linear_stride = heads,
-                      .gate = call->gate ? call->gate + set * heads : NULL, .mixing = call->mixing, .scale = call->scale};
+  lola_block block = {.tokens = tokens,
+                      .heads = heads,
+                      .D = call->D,
+                      .Dv = Dv,
+                      .dtype = call->k.dtype,
+                      .q = call->q,
+                      .out = call->out,
+                      .keys = keys,
+                      .key_count = count,
+                      .linear_stride = heads,
+                      .gate = call->gate ? call->gate + set * heads : NULL,
+                      .mixing = call->mixing,
+                      .scale = call->scale};
   block.q.data = lola_at(&call->q, b, first, set * heads);
   block.out.data = lola_at(&call->out, b, first, set * heads);
   if (call->q_features.data && call->mixing != LOLA_MIXING_CACHE_ONLY) {

@@ -31,7 +31,7 @@ typedef struct {
   const lola_kernels *kernels;
   const lola_cache *cache;
   const lola_call *call;
-  int64_t parts; /* per row */
+  int64_t parts;  /* per row */
   atomic_int odd; /* a bit per input that holds something it must not */
 } check_job;
 
@@ -59,8 +59,8 @@ static void check_task(void *context, int64_t index, int worker) {
   for (int64_t t = from; t < until && t < row->count; t++)
     for (int i = 0; i < 6; i++)
       for (int64_t h = 0; inputs[i].array->data && h < inputs[i].heads; h++)
-        if (!job->kernels->all_finite(lola_at(inputs[i].array, row->b, row->first + t, h), inputs[i].array->dtype, inputs[i].n,
-                                      inputs[i].not_negative))
+        if (!job->kernels->all_finite(lola_at(inputs[i].array, row->b, row->first + t, h), inputs[i].array->dtype,
+                                      inputs[i].n, inputs[i].not_negative))
           atomic_fetch_or(&job->odd, 1 << i);
 }
 
@@ -71,9 +71,10 @@ static lola_status check_finite(const lola_cache *cache, const lola_call *call, 
   int odd = atomic_load(&job.odd);
   for (int i = 0; i < 6; i++)
     if (odd >> i & 1)
-      return lola_fail(message, LOLA_VALUE_ERROR,
-                       "%s must be finite%s in every token that enters; it holds NaN, an infinity%s (check=False skips this test)",
-                       input_names[i], i == 3 || i == 4 ? " and at least 0" : "", i == 3 || i == 4 ? " or a negative value" : "");
+      return lola_fail(
+          message, LOLA_VALUE_ERROR,
+          "%s must be finite%s in every token that enters; it holds NaN, an infinity%s (check=False skips this test)",
+          input_names[i], i == 3 || i == 4 ? " and at least 0" : "", i == 3 || i == 4 ? " or a negative value" : "");
   return LOLA_OK;
 }
 
@@ -121,7 +122,8 @@ static void take_scratch(lola_scratch *scratch, run_t *run, int64_t tokens, int6
       continue;
     }
     lola_scan_scratch_take(scratch, &run->scratch[i].scan, cache, &segment->call->map);
-    lola_attend_scratch_take(scratch, &run->scratch[i].attend, LOLA_BLOCK, segment->heads, shape->head_dim, shape->value_dim);
+    lola_attend_scratch_take(scratch, &run->scratch[i].attend, LOLA_BLOCK, segment->heads, shape->head_dim,
+                             shape->value_dim);
     int64_t keys = segment->entry_capacity + cache->ring + LOLA_BLOCK;
     run->scratch[i].keys = lola_scratch_take(scratch, keys, sizeof(lola_key));
     run->scratch[i].received =
@@ -154,8 +156,9 @@ static void attend_part(const run_t *run, int64_t p, int64_t set, int worker, fl
   int64_t first = lola_window_first(&cache->config, lola_chunk_of(&cache->config, part->position));
   for (int64_t position = first; position < part->position + part->tokens; position++) {
     int64_t from = position - part->position, until = lola_window_until(&cache->config, position) - part->position;
-    keys[count++] = (lola_key){lola_pair_key(segment, span, set, position), lola_pair_value(segment, span, set, position),
-                               from > 0 ? (int32_t)from : 0, until < LOLA_ALWAYS ? (int32_t)until : LOLA_ALWAYS};
+    keys[count++] =
+        (lola_key){lola_pair_key(segment, span, set, position), lola_pair_value(segment, span, set, position),
+                   from > 0 ? (int32_t)from : 0, until < LOLA_ALWAYS ? (int32_t)until : LOLA_ALWAYS};
   }
   int64_t offset = part->position - span->position, first_head = set * segment->heads;
   int64_t linear = (span->first_token + offset) * cache->shape.heads + first_head;
@@ -206,7 +209,8 @@ static void receive_task(void *context, int64_t index, int worker) {
     attend_part(run, p, set, worker, received);
     for (int64_t slot = 0; slot < pairs; slot++)
       cache->sparse_given[group * cache->config.sparse + slot] += received[slot];
-    for (int64_t position = first; position < end; position++) window[position % R] += received[pairs + position - first];
+    for (int64_t position = first; position < end; position++)
+      window[position % R] += received[pairs + position - first];
   }
 }
 

@@ -31,8 +31,8 @@ static void attend_run(const lola_segment *segment, const lola_decode_scratch *s
   for (int64_t at = 0; at < count; at += KEYS) {
     int64_t n = count - at < KEYS ? count - at : KEYS;
     const void *values = (const char *)v + at * Dv * size;
-    kernels->dot_keys(heads, n, D, scratch->q + first * D, D, (const char *)k + at * D * size, shape->dtype, D, scratch->s,
-                      KEYS);
+    kernels->dot_keys(heads, n, D, scratch->q + first * D, D, (const char *)k + at * D * size, shape->dtype, D,
+                      scratch->s, KEYS);
     for (int64_t h = 0; h < heads; h++) {
       float alpha = kernels->softmax_row(n, scratch->s + h * KEYS, scratch->m + first + h, scratch->l + first + h);
       kernels->scale_rows(1, Dv, o + h * Dv, Dv, &alpha);
@@ -78,13 +78,15 @@ void lola_decode_token(const lola_segment *segment, const lola_span *span, int64
   }
   for (int64_t i = 0; i < sets; i++) {
     int64_t group = span->row * cache->sets + kv_head * sets + i;
-    attend_run(segment, scratch, i * segment->heads, segment->heads, (const char *)cache->sparse_keys + group * L * D * size,
+    attend_run(segment, scratch, i * segment->heads, segment->heads,
+               (const char *)cache->sparse_keys + group * L * D * size,
                (const char *)cache->sparse_values + group * L * Dv * size, cache->sparse_count[group]);
     lola_scan_recall(segment, span, 0, 1, kv_head * sets + i, &scratch->scan);
   }
   for (int64_t h = 0; h < r; h++) {
     int64_t head = kv_head * r + h, at = span->first_token * shape->heads + head;
-    lola_weights w = lola_mix(call->mixing, call->gate ? call->gate[head] : 0, scratch->m[h], scratch->l[h], segment->z[at]);
+    lola_weights w =
+        lola_mix(call->mixing, call->gate ? call->gate[head] : 0, scratch->m[h], scratch->l[h], segment->z[at]);
     kernels->mix_row(Dv, scratch->x, w.softmax, scratch->o + h * Dv, w.linear,
                      w.linear != 0 ? segment->recalled + at * Dv : NULL);
     kernels->store_row(lola_at(&call->out, span->array_b, span->array_t, head), call->out.dtype, scratch->x, Dv);

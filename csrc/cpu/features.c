@@ -46,8 +46,7 @@ static void features_task(void *context, int64_t index, int worker) {
   int64_t h = index % job->Hq, part = index / job->Hq % parts, b = index / job->Hq / parts;
   int64_t first = part * LOLA_ROWS, n = job->T - first < LOLA_ROWS ? job->T - first : LOLA_ROWS;
   float *x = job->scratch[worker].x;
-  for (int64_t i = 0; i < n; i++)
-    job->scratch[worker].rows[i] = lola_at(job->x, b, first + i, h / (job->Hq / job->Hx));
+  for (int64_t i = 0; i < n; i++) job->scratch[worker].rows[i] = lola_at(job->x, b, first + i, h / (job->Hq / job->Hx));
   job->kernels->load_rows(x, job->D, job->scratch[worker].rows, job->x->dtype, n, job->D, 1);
   lola_map_rows(job->kernels, job->map, job->side_key, h, n, job->D, job->F, x, job->D, job->scratch[worker].projection,
                 job->out + ((b * job->T + first) * job->Hq + h) * job->F, job->Hq * job->F,
@@ -63,7 +62,8 @@ lola_status lola_cpu_features(const lola_array *x, int64_t B, int64_t T, int64_t
   for (int pass = 0; pass < 2; pass++) {
     for (int i = 0; i < width; i++) {
       job.scratch[i].x = lola_scratch_take(&scratch, LOLA_ROWS * D, sizeof(float));
-      job.scratch[i].projection = lola_scratch_take(&scratch, LOLA_ROWS * lola_map_columns(map, side_key, F), sizeof(float));
+      job.scratch[i].projection =
+          lola_scratch_take(&scratch, LOLA_ROWS * lola_map_columns(map, side_key, F), sizeof(float));
       job.scratch[i].rows = lola_scratch_take(&scratch, LOLA_ROWS, sizeof(void *));
     }
     lola_status status = pass ? LOLA_OK : lola_scratch_open(&scratch, message);

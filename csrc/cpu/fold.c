@@ -37,8 +37,8 @@ static void fold_task(void *context, int64_t index, int worker) {
   }
 }
 
-lola_status lola_cpu_fold(const lola_array *fk, const lola_array *v, float *H, float *s, const int64_t *count, int64_t B,
-                          int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, lola_message *message) {
+lola_status lola_cpu_fold(const lola_array *fk, const lola_array *v, float *H, float *s, const int64_t *count,
+                          int64_t B, int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, lola_message *message) {
   fold_job job = {lola_cpu_kernels(), fk, v, H, s, count, S, Hq, Hs, F, Dv, {{0}}};
   int width = lola_pool_width(B * Hq);
   lola_scratch scratch = {0};

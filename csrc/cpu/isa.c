@@ -79,6 +79,6 @@ lola_status lola_cpu_set_isa(const char *name, lola_message *message) {
     }
     strcat(strcat(names, i ? ", " : ""), kernels->name);
   }
-  return lola_fail(message, LOLA_VALUE_ERROR, "the instruction set must be one of %s on this machine, got '%.32s'", names,
-                   name);
+  return lola_fail(message, LOLA_VALUE_ERROR, "the instruction set must be one of %s on this machine, got '%.32s'",
+                   names, name);
 }

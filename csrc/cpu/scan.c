@@ -1,4 +1,4 @@
-/* Phase 1: the memories of one (row, head set), chunk by chunk (CONTRACT 2 and 3). */
+/* Phase 1: the memories of one (row, head set), chunk by chunk. */
 #include <math.h>
 #include <string.h>
 
@@ -33,7 +33,8 @@ void lola_scan_scratch_take(lola_scratch *scratch, lola_scan_scratch *pieces, co
   pieces->fold_features = lola_scratch_take(scratch, heads * C * F, sizeof(float));
   pieces->fold_values = lola_scratch_take(scratch, C * Dv, sizeof(float));
   pieces->x = lola_scratch_take(scratch, LOLA_ROWS * (widest > F ? widest : F), sizeof(float));
-  pieces->projection = lola_scratch_take(scratch, LOLA_ROWS * (columns > columns_k ? columns : columns_k), sizeof(float));
+  pieces->projection =
+      lola_scratch_take(scratch, LOLA_ROWS * (columns > columns_k ? columns : columns_k), sizeof(float));
   pieces->recalled = lola_scratch_take(scratch, LOLA_ROWS * ((Dv > F ? Dv : F) + 1), sizeof(float));
   pieces->scores = lola_scratch_take(scratch, L + C, sizeof(float));
   pieces->sources = lola_scratch_take(scratch, L + C, sizeof(int64_t));
@@ -51,7 +52,8 @@ static const void *stored_row(const lola_segment *segment, const lola_span *span
                               int64_t slot_group, const void *ring, int64_t ring_group, int64_t row_bytes) {
   const lola_cache *cache = segment->cache;
   if (source < 0) return (const char *)slots + (slot_group * cache->config.sparse - source - 1) * row_bytes;
-  if (source < span->position) return (const char *)ring + (ring_group * cache->ring + source % cache->ring) * row_bytes;
+  if (source < span->position)
+    return (const char *)ring + (ring_group * cache->ring + source % cache->ring) * row_bytes;
   return NULL;
 }
 
@@ -156,7 +158,8 @@ static void score_norms(const scan_t *scan, int64_t count, const int64_t *source
   for (int64_t i = 0; i < count; i += LOLA_ROWS) {
     int64_t part = count - i < LOLA_ROWS ? count - i : LOLA_ROWS;
     for (int64_t j = 0; j < part; j++)
-      scratch->rows[j] = (by_value ? lola_pair_value : lola_pair_key)(scan->segment, scan->span, scan->set, sources[i + j]);
+      scratch->rows[j] =
+          (by_value ? lola_pair_value : lola_pair_key)(scan->segment, scan->span, scan->set, sources[i + j]);
     scan->segment->kernels->load_rows(scratch->x, n, scratch->rows, shape->dtype, part, n, 1);
     scan->segment->kernels->square_rows(part, n, scratch->x, n, scores + i);
     for (int64_t j = 0; j < part; j++) scores[i + j] *= factor;
@@ -175,8 +178,8 @@ static void score_recall(scan_t *scan, int64_t count, int64_t leaving, float *sc
     int64_t state = scan->span->row * cache->shape.heads + scan->first_head + h;
     const float *H = cache->hidden + state * F * Dv, *s = cache->normalizer + state * F;
     const float *features = scratch->features + h * head_stride;
-    lola_recall_scores(scan->segment->kernels, count, F, Dv, features, scratch->values, Dv, H, s, scratch->recalled, scores,
-                       h > 0);
+    lola_recall_scores(scan->segment->kernels, count, F, Dv, features, scratch->values, Dv, H, s, scratch->recalled,
+                       scores, h > 0);
     lola_recall_scores(scan->segment->kernels, leaving, F, Dv, features + L * F, scratch->values + L * Dv, Dv, H, s,
                        scratch->recalled, scores + count, h > 0);
   }
@@ -364,7 +367,8 @@ void lola_scan_recall(const lola_segment *segment, const lola_span *span, int64_
         if (narrow) round_row(scratch->x, n * F);
       } else {
         kernels->load_rows(scratch->x, D, scratch->rows, from->dtype, n, D, 1);
-        lola_map_rows(kernels, &call->map, 0, h, n, D, F, scratch->x, D, scratch->projection, scratch->recalled, F, narrow);
+        lola_map_rows(kernels, &call->map, 0, h, n, D, F, scratch->x, D, scratch->projection, scratch->recalled, F,
+                      narrow);
         features = scratch->recalled;
       }
       kernels->gemm(n, Dv, F, features, F, 1, cache->hidden + state * F * Dv, Dv,
@@ -425,7 +429,8 @@ void lola_commit_sparse(const lola_segment *segment, const lola_span *span, int6
     for (int64_t h = set * segment->heads; h < (set + 1) * segment->heads; h++) {
       int64_t head = span->row * cache->shape.heads + h;
       void *to = (char *)cache->sparse_features + (head * L + slot) * F * lola_item_size(dtype);
-      const void *from = stored_row(segment, span, source, NULL, 0, cache->window_features, head, F * lola_item_size(dtype));
+      const void *from =
+          stored_row(segment, span, source, NULL, 0, cache->window_features, head, F * lola_item_size(dtype));
       if (from) {
         memcpy(to, from, (size_t)(F * lola_item_size(dtype)));
       } else {
@@ -440,7 +445,8 @@ void lola_commit_window(const lola_segment *segment, const lola_span *span, int6
   lola_cache *cache = segment->cache;
   const lola_call *call = segment->call;
   const lola_shape *shape = &cache->shape;
-  int64_t R = cache->ring, F = shape->feature_dim, r = shape->heads / shape->kv_heads, sets = cache->sets / shape->kv_heads;
+  int64_t R = cache->ring, F = shape->feature_dim, r = shape->heads / shape->kv_heads,
+          sets = cache->sets / shape->kv_heads;
   size_t key_bytes = (size_t)(shape->head_dim * lola_item_size(shape->dtype));
   size_t value_bytes = (size_t)(shape->value_dim * lola_item_size(shape->dtype));
   lola_dtype dtype = stored_feature_dtype(cache);

@@ -3,8 +3,9 @@
 #include "cpu/pool.h"
 #include "cpu/steps.h"
 
-void lola_recall_scores(const lola_kernels *kernels, int64_t count, int64_t F, int64_t Dv, const float *fk, const float *v,
-                        int64_t ldv, const float *H, const float *s, float *recalled, float *out, int accumulate) {
+void lola_recall_scores(const lola_kernels *kernels, int64_t count, int64_t F, int64_t Dv, const float *fk,
+                        const float *v, int64_t ldv, const float *H, const float *s, float *recalled, float *out,
+                        int accumulate) {
   float *z = recalled + LOLA_ROWS * Dv;
   for (int64_t i = 0; i < count; i += LOLA_ROWS) {
     int64_t n = count - i < LOLA_ROWS ? count - i : LOLA_ROWS;
@@ -44,8 +45,9 @@ static void score_task(void *context, int64_t index, int worker) {
   for (int64_t i = 0; i < n; i++) job->out[(b * job->S + first + i) * job->Hq + h] = scores[i];
 }
 
-lola_status lola_cpu_score(const lola_array *fk, const lola_array *v, const float *H, const float *s, int64_t B, int64_t S,
-                           int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, float *out, lola_message *message) {
+lola_status lola_cpu_score(const lola_array *fk, const lola_array *v, const float *H, const float *s, int64_t B,
+                           int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, float *out,
+                           lola_message *message) {
   score_job job = {lola_cpu_kernels(), fk, v, H, s, S, Hq, Hs, F, Dv, out, {{0}}};
   int64_t tasks = B * Hq * ((S + LOLA_ROWS - 1) / LOLA_ROWS);
   int width = lola_pool_width(tasks);

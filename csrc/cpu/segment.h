@@ -32,7 +32,7 @@ typedef struct lola_entry {
 } lola_entry;
 
 typedef struct lola_scan_scratch {
-  float *features, *values;           /* of sparse slots, then of the pairs that leave: (heads, L + C, F), (L + C, Dv) */
+  float *features, *values; /* of sparse slots, then of the pairs that leave: (heads, L + C, F), (L + C, Dv) */
   float *fold_features, *fold_values; /* (heads, C, F), (C, Dv) */
   float *x, *projection, *recalled;   /* LOLA_ROWS rows */
   float *scores;                      /* (L + C,) */
@@ -52,10 +52,10 @@ typedef struct lola_segment {
   lola_part *parts;
   int64_t part_count;
   int64_t entry_capacity;
-  lola_entry *entries;   /* (parts, S, entry_capacity) */
-  int64_t *entry_count;  /* (parts, S) */
-  float *recalled, *z;   /* N (tokens, Hq, Dv) and z (tokens, Hq); z = 0 where nothing is folded, N then unset */
-  int64_t *slot_source;  /* (B, S, L): what each sparse slot holds now */
+  lola_entry *entries;  /* (parts, S, entry_capacity) */
+  int64_t *entry_count; /* (parts, S) */
+  float *recalled, *z;  /* N (tokens, Hq, Dv) and z (tokens, Hq); z = 0 where nothing is folded, N then unset */
+  int64_t *slot_source; /* (B, S, L): what each sparse slot holds now */
 } lola_segment;
 
 void lola_scan_scratch_take(lola_scratch *scratch, lola_scan_scratch *pieces, const lola_cache *cache,
@@ -71,7 +71,8 @@ void lola_scan_recall(const lola_segment *segment, const lola_span *span, int64_
                       const lola_scan_scratch *scratch);
 /* Moves pairs that entered the sparse cache into their slots. */
 void lola_commit_sparse(const lola_segment *segment, const lola_span *span, int64_t set);
-/* Writes the span's tokens into the window ring of one KV head (of its sets for given scores, its heads for features). */
+/* Writes the span's tokens into the window ring of one KV head (of its sets for given scores, its heads for features).
+ */
 void lola_commit_window(const lola_segment *segment, const lola_span *span, int64_t kv_head);
 
 /* A pair's key, value, in the cache's dtype. */

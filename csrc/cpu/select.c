@@ -1,4 +1,4 @@
-/* select: the pairs with the highest scores stay; a tie keeps the earlier position (CONTRACT 2). */
+/* select: the pairs with the highest scores stay; a tie keeps the earlier position. */
 #include <string.h>
 
 #include "core/half.h"
@@ -22,8 +22,10 @@ static uint64_t key_of_rank(int64_t count, const uint64_t *keys, const uint8_t *
   uint64_t differ = any ^ every, known = ~UINT64_C(0), prefix = every;
   int shift = 56;
   while (shift > 0 && !(differ >> shift)) shift -= 8;
-  if (shift < 56) known <<= shift + 8;
-  else known = 0;
+  if (shift < 56)
+    known <<= shift + 8;
+  else
+    known = 0;
   prefix &= known;
   *below = 0;
   for (; shift >= 0; shift -= 8) {
@@ -42,6 +44,7 @@ static uint64_t key_of_rank(int64_t count, const uint64_t *keys, const uint8_t *
 }
 
 void lola_mark_dropped(int64_t count, const uint64_t *keys, const int64_t *positions, int64_t drops, uint8_t *dropped) {
+  if (count <= 0) return;
   memset(dropped, 0, (size_t)count);
   if (drops <= 0) return;
   int64_t below, equal = 0;

@@ -18,7 +18,7 @@ static inline void *lola_at(const lola_array *array, int64_t b, int64_t t, int64
          (b * array->stride_b + t * array->stride_t + h * array->stride_h) * lola_item_size(array->dtype);
 }
 
-/* --- features: phi(x), CONTRACT 5 --- */
+/* --- features: phi(x) --- */
 
 /* Columns of the projection xW, and so of the scratch that lola_map_rows needs per row; 0: no projection. */
 int64_t lola_map_columns(const lola_feature_map *map, int side_key, int64_t F);
@@ -30,8 +30,9 @@ void lola_map_rows(const lola_kernels *kernels, const lola_feature_map *map, int
 /* --- score: SRE, Eq. 10 --- */
 
 /* out[i] = or += || phi_i^T H / (phi_i^T s) - v_i ||^2. recalled: (LOLA_ROWS, Dv + 1) scratch. */
-void lola_recall_scores(const lola_kernels *kernels, int64_t count, int64_t F, int64_t Dv, const float *fk, const float *v,
-                        int64_t ldv, const float *H, const float *s, float *recalled, float *out, int accumulate);
+void lola_recall_scores(const lola_kernels *kernels, int64_t count, int64_t F, int64_t Dv, const float *fk,
+                        const float *v, int64_t ldv, const float *H, const float *s, float *recalled, float *out,
+                        int accumulate);
 
 /* --- select --- */
 
@@ -80,8 +81,8 @@ typedef struct lola_attend_scratch {
   const void **rows;
 } lola_attend_scratch;
 
-void lola_attend_scratch_take(lola_scratch *scratch, lola_attend_scratch *pieces, int64_t tokens, int64_t heads, int64_t D,
-                              int64_t Dv);
+void lola_attend_scratch_take(lola_scratch *scratch, lola_attend_scratch *pieces, int64_t tokens, int64_t heads,
+                              int64_t D, int64_t Dv);
 void lola_attend_block(const lola_kernels *kernels, const lola_block *block, const lola_attend_scratch *scratch);
 
 /* How a query's softmax sums (maximum m in base 2, sum l) and linear sums combine: out = softmax O + linear N. */

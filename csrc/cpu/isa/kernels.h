@@ -24,8 +24,8 @@ typedef struct lola_kernels {
   int (*all_finite)(const void *x, lola_dtype dtype, int64_t n, int not_negative);
 
   /* phi: x (count, M) is the projection xW, or x itself; out (count, F). */
-  void (*feature_rows)(lola_map_kind kind, int64_t count, int64_t M, const float *x, int64_t ldx, float *out, int64_t ldo,
-                       int round_bfloat16);
+  void (*feature_rows)(lola_map_kind kind, int64_t count, int64_t M, const float *x, int64_t ldx, float *out,
+                       int64_t ldo, int round_bfloat16);
 
   /* out[i] = x_i . y over n; out[i] = |x_i|^2. */
   void (*dot_rows)(int64_t count, int64_t n, const float *x, int64_t ld, const float *y, float *out);

@@ -64,10 +64,12 @@ ALWAYS_INLINE vf exp_not_positive(vf x) {
 
 /* --- matrix products ------------------------------------------------------------------------- */
 
+enum { AHEAD = 16 }; /* rows that are asked for before they are used */
+
 /* A ROWS x (VECTORS VF_LANES) tile of c stays in registers while k runs. `tail` > 0: the last vector holds that many
  * columns. Whatever the tile, an element is one chain of multiply-adds in ascending k. */
-ALWAYS_INLINE void tile(const int ROWS, const int VECTORS, int64_t tail, int64_t K, const float *a, int64_t am, int64_t ak,
-                        const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+ALWAYS_INLINE void tile(const int ROWS, const int VECTORS, int64_t tail, int64_t K, const float *a, int64_t am,
+                        int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
   vf sum[TILE_ROWS][TILE_VECTORS];
   const float *row[TILE_ROWS];
   const int full = tail ? VECTORS - 1 : VECTORS;
@@ -86,6 +88,10 @@ ALWAYS_INLINE void tile(const int ROWS, const int VECTORS, int64_t tail, int64_t
   }
   for (int64_t k = 0, at = 0; k < K; k++, at += ak, b += ldb) {
     vf line[TILE_VECTORS];
+    /* With few rows the product is as fast as b arrives; its rows are too far apart for the machine to see a stream. */
+    if (ROWS <= 4)
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; j++) __builtin_prefetch(b + AHEAD * ldb + j * VF_LANES);
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++)
       line[j] = j < full ? vf_load(b + j * VF_LANES) : vf_load_tail(b + j * VF_LANES, tail, 0);
@@ -117,9 +123,9 @@ ALWAYS_INLINE void panel(const int VECTORS, int64_t tail, int64_t M, int64_t K, 
   a += m * am;
   c += m * ldc;
   switch (M - m) {
-#define LAST_ROWS(n)                                                            \
-  case n:                                                                       \
-    tile(n, VECTORS, tail, K, a, am, ak, b, ldb, c, ldc, accumulate);           \
+#define LAST_ROWS(n)                                                                                                   \
+  case n:                                                                                                              \
+    tile(n, VECTORS, tail, K, a, am, ak, b, ldb, c, ldc, accumulate);                                                  \
     break;
     LAST_ROWS(1)
     LAST_ROWS(2)
@@ -134,12 +140,12 @@ ALWAYS_INLINE void panel(const int VECTORS, int64_t tail, int64_t M, int64_t K, 
   }
 }
 
-#define DEFINE_PANEL(name, vectors, tail_value)                                                                       \
-  static __attribute__((noinline)) void name(int64_t M, int64_t K, const float *a, int64_t am, int64_t ak,            \
-                                             const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate,      \
-                                             int64_t tail) {                                                          \
-    (void)tail;                                                                                                       \
-    panel(vectors, tail_value, M, K, a, am, ak, b, ldb, c, ldc, accumulate);                                          \
+#define DEFINE_PANEL(name, vectors, tail_value)                                                                        \
+  static __attribute__((noinline)) void name(int64_t M, int64_t K, const float *a, int64_t am, int64_t ak,             \
+                                             const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate,       \
+                                             int64_t tail) {                                                           \
+    (void)tail;                                                                                                        \
+    panel(vectors, tail_value, M, K, a, am, ak, b, ldb, c, ldc, accumulate);                                           \
   }
 DEFINE_PANEL(panel_widest, TILE_VECTORS, 0)
 DEFINE_PANEL(panel_2, 2, 0)
@@ -159,9 +165,9 @@ static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t am, in
 
 /* --- moving rows ----------------------------------------------------------------------------- */
 
-ALWAYS_INLINE void load_rows_as(float *to, int64_t ld, const void *const *rows, lola_dtype dtype, int64_t count, int64_t n,
-                                float factor) {
-  enum { AHEAD = 8 }; /* rows of the sparse cache lie anywhere: ask for them early */
+ALWAYS_INLINE void load_rows_as(float *to, int64_t ld, const void *const *rows, lola_dtype dtype, int64_t count,
+                                int64_t n, float factor) {
+  /* Rows of the sparse cache lie anywhere: ask for them early. */
   const vf scale = vf_set1(factor);
   const int64_t bytes = n * (int64_t)width_of(dtype);
   for (int64_t i = 0; i < count; i++) {
@@ -249,8 +255,8 @@ ALWAYS_INLINE void exponentials(int64_t M, const float *x, float *out, float sig
   for (j = 0; j + VF_LANES <= M; j += VF_LANES)
     vf_store(out + j, finish_feature(vf_mul(vf_load(out + j), scale), FEATURE_FLOOR, round_bfloat16));
   if (j < M)
-    vf_store_tail(out + j, finish_feature(vf_mul(vf_load_tail(out + j, M - j, 0), scale), FEATURE_FLOOR, round_bfloat16),
-                  M - j);
+    vf_store_tail(out + j,
+                  finish_feature(vf_mul(vf_load_tail(out + j, M - j, 0), scale), FEATURE_FLOOR, round_bfloat16), M - j);
 }
 
 static void hedgehog_row(int64_t M, const float *x, float *out, int normalise, int round_bfloat16) {
@@ -274,15 +280,16 @@ ALWAYS_INLINE vf elementwise_feature(vf x, lola_map_kind kind, int round_bfloat1
   return finish_feature(vf_if_positive(x, vf_add(x, vf_set1(1)), e), 0, round_bfloat16);
 }
 
-static void feature_rows(lola_map_kind kind, int64_t count, int64_t M, const float *x, int64_t ldx, float *out, int64_t ldo,
-                         int round_bfloat16) {
+static void feature_rows(lola_map_kind kind, int64_t count, int64_t M, const float *x, int64_t ldx, float *out,
+                         int64_t ldo, int round_bfloat16) {
   for (int64_t i = 0; i < count; i++, x += ldx, out += ldo) {
     if (kind == LOLA_MAP_HEDGEHOG || kind == LOLA_MAP_HEDGEHOG_EXP) {
       hedgehog_row(M, x, out, kind == LOLA_MAP_HEDGEHOG, round_bfloat16);
       continue;
     }
     int64_t j = 0;
-    for (; j + VF_LANES <= M; j += VF_LANES) vf_store(out + j, elementwise_feature(vf_load(x + j), kind, round_bfloat16));
+    for (; j + VF_LANES <= M; j += VF_LANES)
+      vf_store(out + j, elementwise_feature(vf_load(x + j), kind, round_bfloat16));
     if (j < M) vf_store_tail(out + j, elementwise_feature(vf_load_tail(x + j, M - j, 0), kind, round_bfloat16), M - j);
   }
 }
@@ -389,7 +396,8 @@ static void softmax_step(int64_t keys, int64_t width, float *s, float *m, float 
   for (; j < width; j += VF_LANES) softmax_lanes(1, keys, s + j, m + j, l + j, alpha + j);
 }
 
-static void weigh_rows(int64_t keys, int64_t width, const float *s, const float *m, const float *weight, float *received) {
+static void weigh_rows(int64_t keys, int64_t width, const float *s, const float *m, const float *weight,
+                       float *received) {
   for (int64_t i = 0; i < keys; i++, s += LOLA_PANEL) {
     vf sum = vf_zero();
     for (int64_t j = 0; j < width; j += VF_LANES)
@@ -417,7 +425,9 @@ static void mix_row(int64_t n, float *out, float a, const float *x, float b, con
 ALWAYS_INLINE void dot_keys_of(const int HEADS, lola_dtype dtype, int64_t keys, int64_t n, const float *q, int64_t ldq,
                                const void *k, int64_t ldk, float *s, int64_t lds) {
   for (int64_t i = 0; i < keys; i++) {
-    const void *key = (const char *)k + (size_t)(i * ldk) * width_of(dtype);
+    const char *key = (const char *)k + (size_t)(i * ldk) * width_of(dtype);
+    for (int64_t at = 0; at < n * (int64_t)width_of(dtype); at += 64)
+      __builtin_prefetch(key + AHEAD * (size_t)ldk * width_of(dtype) + at);
     vf sum[4];
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++) sum[h] = vf_zero();
@@ -445,8 +455,8 @@ ALWAYS_INLINE void dot_keys_as(lola_dtype dtype, int64_t heads, int64_t keys, in
   for (; h < heads; h++) dot_keys_of(1, dtype, keys, n, q + h * ldq, ldq, k, ldk, s + h * lds, lds);
 }
 
-static void dot_keys(int64_t heads, int64_t keys, int64_t n, const float *q, int64_t ldq, const void *k, lola_dtype dtype,
-                     int64_t ldk, float *s, int64_t lds) {
+static void dot_keys(int64_t heads, int64_t keys, int64_t n, const float *q, int64_t ldq, const void *k,
+                     lola_dtype dtype, int64_t ldk, float *s, int64_t lds) {
   switch (dtype) {
   case LOLA_FLOAT32:
     dot_keys_as(LOLA_FLOAT32, heads, keys, n, q, ldq, k, ldk, s, lds);

@@ -47,9 +47,7 @@ static inline uint32x4_t rounded_bits(vf v) {
 static inline vf vf_round_bfloat16(vf v) {
   return vreinterpretq_f32_u32(vandq_u32(rounded_bits(v), vdupq_n_u32(0xffff0000u)));
 }
-static inline vf vf_load_bfloat16(const uint16_t *p) {
-  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
-}
+static inline vf vf_load_bfloat16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 static inline vf vf_load_float16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline void vf_store_bfloat16(uint16_t *p, vf v) { vst1_u16(p, vshrn_n_u32(rounded_bits(v), 16)); }
 static inline void vf_store_float16(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }

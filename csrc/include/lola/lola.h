@@ -69,7 +69,7 @@ typedef struct lola_shape {
   lola_dtype dtype; /* of keys and values */
 } lola_shape;
 
-/* phi(x), CONTRACT 5. `w_q`, `w_k`: float32, contiguous, (Hq, D, M) with M = F/2 (Hedgehog) or F (Relu),
+/* phi(x). `w_q`, `w_k`: float32, contiguous, (Hq, D, M) with M = F/2 (Hedgehog) or F (Relu),
  * or NULL (identity, Relu only). Only the side in use must be given. */
 typedef struct lola_feature_map {
   lola_map_kind kind;
@@ -104,17 +104,17 @@ enum { LOLA_MAX_BUFFERS = 20 };
 typedef struct lola_cache {
   lola_config config;
   lola_shape shape;
-  int64_t sets;  /* S */
-  int64_t ring;  /* R */
+  int64_t sets;        /* S */
+  int64_t ring;        /* R */
   int stores_features; /* 1 once bound to a caller's own features */
 
-  int64_t *tokens_seen; /* (B,) */
-  int64_t *chunks;      /* (B,) chunk whose update is done; -1 before the first token */
-  int64_t *row_ids;     /* (B,) travel with select and repeat */
-  void *window_keys;    /* (B, Hkv, R, D): position p lives in slot p mod R */
-  void *window_values;  /* (B, Hkv, R, Dv) */
-  void *sparse_keys;    /* (B, S, L, D): slots 0 .. count-1 are in use, in no order */
-  void *sparse_values;  /* (B, S, L, Dv) */
+  int64_t *tokens_seen;      /* (B,) */
+  int64_t *chunks;           /* (B,) chunk whose update is done; -1 before the first token */
+  int64_t *row_ids;          /* (B,) travel with select and repeat */
+  void *window_keys;         /* (B, Hkv, R, D): position p lives in slot p mod R */
+  void *window_values;       /* (B, Hkv, R, Dv) */
+  void *sparse_keys;         /* (B, S, L, D): slots 0 .. count-1 are in use, in no order */
+  void *sparse_values;       /* (B, S, L, Dv) */
   int64_t *sparse_positions; /* (B, S, L) */
   float *sparse_scores;      /* (B, S, L) at the last ranking, NaN before it */
   int64_t *sparse_count;     /* (B, S) */
@@ -130,7 +130,7 @@ typedef struct lola_cache {
 
   int buffer_count;
   lola_buffer buffers[LOLA_MAX_BUFFERS];
-  void *blocks[2];  /* the allocations behind the buffers */
+  void *blocks[2]; /* the allocations behind the buffers */
 } lola_cache;
 
 /* Checks sizes and values; the text names the field, what it must be and what it was. */
@@ -167,12 +167,12 @@ typedef struct lola_row {
 } lola_row;
 
 typedef struct lola_call {
-  lola_array q, k, v;   /* (., T, Hq, D), (., T, Hkv, D), (., T, Hkv, Dv); k, v of the cache's dtype */
-  lola_array out;       /* (., T, Hq, Dv); only the rows' tokens are written */
+  lola_array q, k, v;                /* (., T, Hq, D), (., T, Hkv, D), (., T, Hkv, Dv); k, v of the cache's dtype */
+  lola_array out;                    /* (., T, Hq, Dv); only the rows' tokens are written */
   lola_array q_features, k_features; /* (., T, Hq, F) float32, with map.kind LOLA_MAP_GIVEN */
-  lola_array scores;    /* (., T, Hq) float32 (stride_h 1 apart allowed), with LOLA_SCORE_EXTERNAL */
-  lola_array share;     /* (., T, Hq) float32 or not given: the linear term's part of the denominator */
-  const lola_row *rows; /* B of them */
+  lola_array scores;                 /* (., T, Hq) float32 (stride_h 1 apart allowed), with LOLA_SCORE_EXTERNAL */
+  lola_array share;                  /* (., T, Hq) float32 or not given: the linear term's part of the denominator */
+  const lola_row *rows;              /* B of them */
   lola_feature_map map;
   const float *gate; /* (Hq,), needed by GATED and LOLCATS */
   lola_mixing mixing;
@@ -204,15 +204,15 @@ lola_status lola_cpu_select(const float *scores, const int64_t *count, int64_t B
                             int64_t *kept, int64_t *dropped, lola_message *message);
 
 /* H += sum_i fk_i v_i^T, s += sum_i fk_i over the first count[b, h of Hs] pairs (NULL: all), in place. */
-lola_status lola_cpu_fold(const lola_array *fk, const lola_array *v, float *H, float *s, const int64_t *count, int64_t B,
-                          int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, lola_message *message);
+lola_status lola_cpu_fold(const lola_array *fk, const lola_array *v, float *H, float *s, const int64_t *count,
+                          int64_t B, int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, lola_message *message);
 
 typedef struct lola_attend_call {
-  lola_array q, k, v, out;       /* (B, T, Hq, D), (B, S, Hs, D), (B, S, Hs, Dv), (B, T, Hq, Dv) */
-  lola_array q_features;         /* (B, T, Hq, F) float32, or not given: no linear term */
+  lola_array q, k, v, out;          /* (B, T, Hq, D), (B, S, Hs, D), (B, S, Hs, Dv), (B, T, Hq, Dv) */
+  lola_array q_features;            /* (B, T, Hq, F) float32, or not given: no linear term */
   const float *hidden, *normalizer; /* (B, Hq, F, Dv), (B, Hq, F) dense, with q_features */
-  const float *gate;             /* (Hq,) */
-  const int64_t *count;          /* (B, Hs) dense valid pairs, or NULL: all S */
+  const float *gate;                /* (Hq,) */
+  const int64_t *count;             /* (B, Hs) dense valid pairs, or NULL: all S */
   int64_t B, T, S, Hq, Hs, D, Dv, F;
   lola_mixing mixing;
   float scale;
