@@ -6,6 +6,7 @@
     kernels, self_recall_error, stats   the single steps
     reference                           the float64 oracle
     models, eval                        a small model that runs on it, and what it is good for
+    torch                               the drop-in for PyTorch and Hugging Face (needs lola[torch])
 
 Two variables are read at import: LOLA_NUM_THREADS, a number from 1, and LOLA_ISA, one of lola._lola.available_isas().
 """
@@ -88,7 +89,7 @@ _read_environment()
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first asked for: they are large, and lola.eval imports what the rest does not need.
-    if name in ("eval", "models", "reference"):
+    # Loaded when first asked for: they are large, and import what the rest does not need.
+    if name in ("eval", "models", "reference", "torch"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
