@@ -17,7 +17,15 @@ import importlib
 import os
 from typing import Any
 
-from . import _lola, kernels, stats
+try:
+    from . import _lola
+except ImportError as error:
+    raise ImportError(
+        "lola's C extension is not beside its Python files. In a source tree, build it in place with 'pip install -e .', or run "
+        "from another folder to import an installed lola"
+    ) from error
+
+from . import kernels, stats
 from ._attention import attention
 from ._cache import Cache
 from ._config import Config

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+# A child started with -c or -m would find the source tree in the working directory before the installed package.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+
 from oracle import DTYPES                                             # noqa: E402
 
 try:
