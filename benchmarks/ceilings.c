@@ -1,7 +1,7 @@
 /* What this machine can do at most, in float32: fused multiply-adds in registers, and reading memory.
  *
- * Compiled at run time for the very machine (-march=native), loaded with ctypes, used by nothing but the benchmarks. The
- * vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and plain SSE. */
+ * Compiled at run time for the very machine (-march=native), loaded with ctypes, used by nothing but the benchmarks.
+ * The vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and plain SSE. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
