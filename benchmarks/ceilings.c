@@ -2,6 +2,10 @@
  *
  * Compiled at run time for the very machine (-march=native), loaded with ctypes, used by nothing but the benchmarks.
  * The vectors are the compiler's own, so that one source serves AVX-512, AVX2, NEON and plain SSE. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* pthread_setaffinity_np */
+#include <sched.h>
+#endif
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -70,8 +74,28 @@ static void read_memory(const worker *w) {
   sink = all[0];
 }
 
+/* Of several threads, each on a processor of its own from the start: new ones may otherwise share their creator's for a
+ * while. */
+static void stay(int index) {
+#if defined(__linux__)
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) || !CPU_COUNT(&allowed)) return;
+  index %= CPU_COUNT(&allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed) || index--) continue;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+    return;
+  }
+#else
+  (void)index;
+#endif
+}
+
 static void *work(void *context) {
   worker *w = context;
+  if (w->threads > 1) stay(w->index);
   atomic_fetch_sub(&waiting, 1);
   while (atomic_load(&waiting) > 0) {
   }
@@ -91,11 +115,10 @@ static double together(int threads, int reading, int64_t amount) {
   if (threads < 1 || threads > MOST_THREADS) return -1;
   atomic_store(&waiting, threads);
   for (int i = 0; i < threads; i++) workers[i] = (worker){i, threads, reading, amount, 0, 0};
-  for (int i = 1; i < threads; i++)
+  for (int i = 0; i < threads; i++)
     if (pthread_create(&handles[i], NULL, work, &workers[i])) return -1;
-  work(&workers[0]);
-  double begin = workers[0].begin, end = workers[0].end;
-  for (int i = 1; i < threads; i++) {
+  double begin = 1e300, end = 0;
+  for (int i = 0; i < threads; i++) {
     pthread_join(handles[i], NULL);
     if (workers[i].begin < begin) begin = workers[i].begin;
     if (workers[i].end > end) end = workers[i].end;

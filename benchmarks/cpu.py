@@ -29,7 +29,7 @@ try:
 except ImportError:
     torch = None
 
-_FMA_ROUNDS = 400_000
+_FMA_ROUNDS = 4_000_000
 _GEMM_SIZE = 2048
 
 

@@ -57,7 +57,7 @@ QUICK = Plan(
     repeats=3, budget=1, layer=Geometry(heads=8, kv_heads=2, head_dim=64, sparse=64),
     single=Geometry(heads=2, kv_heads=2, head_dim=64, sparse=64),
     head_dims=(64,), dtypes=("float32",), attention_tokens=1024, softmax_tokens=(2048,), plain_tokens=1024, context=2048,
-    decode_chunks=3, cold=0.3, scaling=(1024, 2048, 4096), scaling_layer=Geometry(heads=4, kv_heads=2, head_dim=64, sparse=64), sparse=(64, 128),
+    decode_chunks=3, cold=0.1, scaling=(1024, 2048, 4096), scaling_layer=Geometry(heads=4, kv_heads=2, head_dim=64, sparse=64), sparse=(64, 128),
 )  # fmt: skip
 
 
