@@ -175,5 +175,5 @@ def show(data: dict):
     for skipped in data["skipped"]:
         print(f"  skipped  {skipped['what']}: {skipped['why']}")
     passed = sum(check["passed"] for check in data["checks"])
-    print(f"\n{passed} of {len(data['checks'])} checks passed")
+    print(f"\n{passed} of {len(data['checks'])} checks passed{'' if data['complete'] else '; the run was cut short'}")
     show_goals(data)

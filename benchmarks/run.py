@@ -10,6 +10,7 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import json  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -99,18 +100,24 @@ def main(argv=None) -> int:
     harness.show_machine(report.data)
     for name in settings["unset"]:
         print(f"{name} was set and has been unset: BLAS shall use its best kernel")
+    report.data["complete"] = False
+    failed: list[dict] = []
+    # What was measured is kept when a run is cut short, by Ctrl-C or by a time limit's SIGTERM.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         for name in options.only:
             sections.SECTIONS[name](backend, report, plan)
+        report.data["complete"] = True
     finally:
+        signal.signal(signal.SIGTERM, before)
         backend.close()
-    harness.show_goals(report.data)
-    report.data["seconds"] = round(time.perf_counter() - begun, 1)
-    failed = [skipped for skipped in report.data["skipped"] if "CHECK FAILED" in skipped["why"]]
-    report.data["passed"] = not failed
+        failed += [skipped for skipped in report.data["skipped"] if "CHECK FAILED" in skipped["why"]]
+        report.data["passed"] = not failed
+        report.data["seconds"] = round(time.perf_counter() - begun, 1)
+        if options.json:
+            report.write(options.json)
+        harness.show_goals(report.data)
     print(f"\n{len(report.data['checks'])} checks, {len(failed)} parts left out for a failed one; {report.data['seconds']:.0f} s")
-    if options.json:
-        report.write(options.json)
     if options.plot:
         harness.plot(report.data, options.plot)
     return 1 if failed else 0
