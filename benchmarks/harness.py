@@ -96,9 +96,10 @@ class Report:
         )
 
     def write(self, path: str):
+        # Whole before the file is opened: NumPy's own numbers and truth values become Python's.
+        text = json.dumps(self.data, indent=1, default=lambda number: number.item())
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(self.data, file, indent=1)
-            file.write("\n")
+            file.write(text + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
