@@ -122,7 +122,9 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 # the base's, so that both work.
 STAGES = {
     "transfer": Stage(1, 700, (32, 1024), {"maps": 1e-2, "gates": 1e-2}),
-    "lora": Stage(50, 650, (32, 1024), {"lora": 5e-4, "lora_qk": 2e-4, "gates": 3e-3}, QKVO + MLP, attention=(("gated", 64), ("lolcats", 0))),
+    "lora": Stage(
+        50, 800, (32, 1024), {"lora": 5e-4, "lora_qk": 2e-4, "gates": 3e-3}, QKVO + MLP, attention=(("gated", 32), ("gated", 64), ("lolcats", 0))
+    ),
     "transfer-8k": Stage(3, 500, (4, 8192), {"maps": 1e-2, "gates": 1e-2}),
     "lora-8k": Stage(51, 200, (4, 8192), {"lora": 5e-4, "lora_qk": 2e-4, "gates": 3e-3}, QKVO + MLP, attention=(("gated", 256), ("lolcats", 0))),
 }
