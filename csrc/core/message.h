@@ -4,6 +4,10 @@
 
 #include "lola/lola.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
@@ -12,4 +16,7 @@ lola_fail(lola_message *message, lola_status status, const char *format, ...);
 
 lola_status lola_out_of_memory(lola_message *message, int64_t bytes);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

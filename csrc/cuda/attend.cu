@@ -1,0 +1,159 @@
+/* attend: softmax over window and sparse pairs, mixed with the linear term (Eq. 14), for all chunks of a segment at
+ * once.
+ *
+ * Three kernels of one meaning, the first that can run is taken:
+ *   wgmma    16-bit, D = Dv = 64 or 128, Hopper; attend_wgmma.cuh
+ *   mma      16-bit, D and Dv multiples of 16 up to 256; attend_mma.cuh
+ *   generic  all types and sizes, float32 sums and products; attend_generic.cuh
+ * A row of a kernel's matrices is a (token, query head) of a set, so that the heads that share pairs share their loads.
+ * Logits, sums and the mix with recalled / z are float32; the fast kernels round exponentials to the values' type. */
+#include "attend_generic.cuh"
+#include "attend_mma.cuh"
+#include "attend_wgmma.cuh"
+#include "device.cuh"
+#include "steps.cuh"
+
+namespace {
+
+/* The first kernel that may be taken: 0 wgmma, 1 mma, 2 generic. To compare them. */
+int first_choice = 0;
+
+/* Rows of an array can be read 16 bytes at a time. Strides over axes of one entry say nothing. */
+bool aligned(const lola_array &array, bool batched, bool headed) {
+  int64_t pieces = 16 / lola_device_item(array.dtype);
+  return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && array.stride_t % pieces == 0 &&
+         (!batched || array.stride_b % pieces == 0) && (!headed || array.stride_h % pieces == 0);
+}
+
+logit_scale scale_of(float scale) {
+  float factor = scale * LOG2E;
+  if (factor == 0) return logit_scale{1, 0, 0};
+  return logit_scale{factor < 0 ? -factor : factor, 0xffffffffu, factor < 0 ? 0x80008000u : 0};
+}
+
+/* The blocks of queries of a segment: at most this many parts for each chunk record and set. */
+struct segment_grid {
+  int64_t lists; /* chunk records * sets */
+  int parts;     /* blocks of BLOCK_TOKENS tokens of a chunk */
+  int rows;      /* tokens * heads of a block, at most */
+};
+
+segment_grid grid_of(const lola_device_segment &g) {
+  int64_t tokens = g.C < g.tokens ? g.C : g.tokens;
+  segment_grid grid;
+  grid.lists = static_cast<int64_t>(g.chunk_records) * g.S;
+  grid.parts = static_cast<int>((tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+  grid.rows = static_cast<int>(tokens < BLOCK_TOKENS ? tokens : BLOCK_TOKENS) * g.rs;
+  return grid;
+}
+
+lola_status too_large(lola_message *message) {
+  return lola_fail(message, LOLA_VALUE_ERROR, "attend: too many tokens and heads in one call: pass fewer at a time");
+}
+
+int attribute(cudaDeviceAttr name) {
+  int device, value = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+
+template <typename T, int DP, int MT, int BN, int BLOCKS>
+lola_status launch_mma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+                       lola_message *message) {
+  using layout = mma_layout<DP, MT, BN>;
+  int tiles = (grid.rows + layout::M - 1) / layout::M;
+  int64_t blocks = grid.lists * grid.parts * tiles;
+  if (blocks > INT32_MAX) return too_large(message);
+  auto kernel = attend_mma_kernel<T, DP, MT, BN, BLOCKS>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
+  kernel<<<static_cast<unsigned>(blocks), MMA_THREADS, layout::BYTES, stream>>>(g, scale_of(g.scale), grid.parts,
+                                                                                tiles);
+  return lola_cuda_launched("attend_mma", message);
+}
+
+template <typename T>
+lola_status choose_mma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+                       lola_message *message) {
+  int size = g.D > g.Dv ? g.D : g.Dv;
+  bool few = grid.rows <= 64;
+  if (size > 128) return launch_mma<T, 256, 1, 32, 2>(g, grid, stream, message);
+  if (size > 64)
+    return few ? launch_mma<T, 128, 1, 64, 3>(g, grid, stream, message)
+               : launch_mma<T, 128, 2, 64, 2>(g, grid, stream, message);
+  return few ? launch_mma<T, 64, 1, 64, 4>(g, grid, stream, message)
+             : launch_mma<T, 64, 2, 64, 2>(g, grid, stream, message);
+}
+
+template <typename T, int DP, int WGS>
+lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+                         lola_message *message) {
+  using layout = wgmma_layout<DP, WGS>;
+  int tiles = (grid.rows + layout::M - 1) / layout::M;
+  int64_t items = grid.lists * grid.parts * tiles, blocks = attribute(cudaDevAttrMultiProcessorCount) * layout::BLOCKS;
+  if (items > INT32_MAX) return too_large(message);
+  if (blocks > items) blocks = items;
+  auto kernel = attend_wgmma_kernel<T, DP, WGS>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
+  kernel<<<static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES, stream>>>(g, scale_of(g.scale), grid.parts,
+                                                                                    tiles, items);
+  return lola_cuda_launched("attend_wgmma", message);
+}
+
+template <typename T>
+lola_status choose_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+                         lola_message *message) {
+  bool few = grid.rows <= 64;
+  if (g.D == 128)
+    return few ? launch_wgmma<T, 128, 1>(g, grid, stream, message) : launch_wgmma<T, 128, 2>(g, grid, stream, message);
+  return few ? launch_wgmma<T, 64, 1>(g, grid, stream, message) : launch_wgmma<T, 64, 2>(g, grid, stream, message);
+}
+
+bool has_mma(const lola_device_segment &g) {
+  return first_choice < 2 && g.dtype != LOLA_FLOAT32 && g.dtype == g.q_dtype && g.D % 16 == 0 && g.Dv % 16 == 0 &&
+         g.D <= 256 && g.Dv <= 256 && aligned(g.k, g.B > 1, g.Hkv > 1) && aligned(g.v, g.B > 1, g.Hkv > 1);
+}
+
+/* Whether this device runs code that was compiled for its own instructions. */
+bool has_wgmma(const lola_device_segment &g) {
+  if (first_choice > 0 || g.D != g.Dv || (g.D != 64 && g.D != 128) || !aligned(g.q, g.B > 1, g.Hq > 1)) return false;
+  if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, attend_wgmma_kernel<__nv_bfloat16, 64, 1>) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.maxThreadsPerBlock >= wgmma_layout<64, 1>::THREADS;
+}
+
+template <class Blocks>
+lola_status launch_generic(const Blocks &blocks, int64_t count, cudaStream_t stream, lola_message *message) {
+  unsigned grid = static_cast<unsigned>(count < INT32_MAX ? count : INT32_MAX);
+  attend_generic_kernel<Blocks><<<grid, GENERIC_THREADS, 0, stream>>>(blocks, count);
+  return lola_cuda_launched("attend_generic", message);
+}
+
+} // namespace
+
+lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+  const lola_device_segment &g = *segment;
+  segment_grid grid = grid_of(g);
+  if (!grid.lists || !grid.parts || !g.B) return LOLA_OK;
+  if (has_mma(g)) {
+    bool half = g.dtype == LOLA_FLOAT16;
+    if (has_wgmma(g))
+      return half ? choose_wgmma<__half>(g, grid, stream, message)
+                  : choose_wgmma<__nv_bfloat16>(g, grid, stream, message);
+    return half ? choose_mma<__half>(g, grid, stream, message) : choose_mma<__nv_bfloat16>(g, grid, stream, message);
+  }
+  return launch_generic(segment_blocks{g, grid.parts}, grid.lists * grid.parts * g.rs, stream, message);
+}
+
+lola_status lola_cuda_attend(const lola_attend_call *call, int device, void *stream, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  int64_t parts = (call->T + BLOCK_TOKENS - 1) / BLOCK_TOKENS, blocks = call->B * call->Hq * parts;
+  if (!blocks || !call->Dv) return LOLA_OK;
+  if (parts > INT32_MAX) return too_large(message);
+  return launch_generic(step_blocks{*call, static_cast<int>(parts)}, blocks, static_cast<cudaStream_t>(stream),
+                        message);
+}

@@ -1,0 +1,387 @@
+/* attention: plans segments and queues their steps; the host waits for nothing.
+ *
+ * Prefill runs segment by segment, so that scratch does not grow with length: each is a range of offsets into the
+ * call's arrays, and a kernel works out what of it enters which row. Scratch of a call comes from the stream's pool.
+ * Decoding keeps what it needs in the cache's workspace; only an update, which needs features of all its pairs for a
+ * moment, takes more from the pool. */
+#include "device.cuh"
+#include "segment.cuh"
+#include "steps.cuh"
+
+namespace {
+
+constexpr int THREADS = 256;
+/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
+constexpr int64_t SEGMENT_TOKENS = 4096;
+
+/* --- the plan ------------------------------------------------------------------------------------------------------ */
+
+__device__ int64_t index_at(const lola_index &index, int64_t i) {
+  return index.item_size == 4 ? static_cast<const int32_t *>(index.data)[i]
+                              : static_cast<const int64_t *>(index.data)[i];
+}
+
+__device__ int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+struct call_rows {
+  lola_index starts, stops, cu_seqlens;
+  int64_t tokens; /* T of the arrays */
+};
+
+/* Offsets of the call that enter a row. */
+__device__ void row_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
+  int64_t T = rows.tokens;
+  if (rows.cu_seqlens.data) {
+    *start = clamped(index_at(rows.cu_seqlens, row), 0, T);
+    *stop = clamped(index_at(rows.cu_seqlens, row + 1), *start, T);
+  } else {
+    *start = rows.starts.data ? clamped(index_at(rows.starts, row), 0, T) : 0;
+    *stop = rows.stops.data ? clamped(index_at(rows.stops, row), *start, T) : T;
+  }
+}
+
+/* The spans of offsets first .. first+count-1 of the call. */
+__global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                            int64_t first, int64_t count) {
+  int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= g.B) return;
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  start = max(start, first);
+  stop = min(stop, first + count);
+  bool packed = rows.cu_seqlens.data;
+  lola_device_span span = {};
+  span.position = g.tokens_seen[row];
+  span.updated = g.chunks[row];
+  span.batch = packed ? 0 : row;
+  span.first = start;
+  if (stop > start) {
+    span.tokens = static_cast<int32_t>(stop - start);
+    span.chunks = static_cast<int32_t>((span.position + span.tokens - 1) / g.C - span.position / g.C + 1);
+  }
+  span.token = static_cast<int32_t>((packed ? 0 : row * count) + start - first);
+  /* Chunk records are counted so that no prefix sum is needed: n tokens touch at most n / C + 2 chunks. They ascend
+   * with the row, idle ones too, so that a record's row can be searched for. */
+  span.chunk = static_cast<int32_t>(packed ? (start - first) / g.C + 2 * row : row * (count / g.C + 2));
+  g.spans[row] = span;
+}
+
+/* Outputs of tokens that enter no row are zero. One thread per (batch row, token, head). */
+__global__ void zero_outside_kernel(const __grid_constant__ lola_device_segment g,
+                                    const __grid_constant__ call_rows rows, int64_t batch) {
+  int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= batch * rows.tokens * g.Hq) return;
+  int64_t h = index % g.Hq, t = index / g.Hq % rows.tokens, b = index / g.Hq / rows.tokens;
+  int64_t start, stop;
+  if (rows.cu_seqlens.data) { /* the rows lie one after the other */
+    int64_t unused;
+    row_range(rows, 0, &start, &unused);
+    row_range(rows, g.B - 1, &unused, &stop);
+  } else {
+    row_range(rows, static_cast<int>(b), &start, &stop);
+  }
+  if (t >= start && t < stop) return;
+  char *out = lola_device_at(g.out, b, t, h);
+  for (int c = 0; c < g.Dv; c++) lola_device_store(out, c, g.out.dtype, 0);
+  if (g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, b, t, h)) = 0;
+}
+
+int blocks_for(int64_t threads) { return static_cast<int>((threads + THREADS - 1) / THREADS); }
+
+/* --- scratch ------------------------------------------------------------------------------------------------------- */
+
+/* Hands out aligned pieces of a block; without a block it adds up. */
+struct pieces {
+  char *base;
+  int64_t used = 0;
+  template <class T>
+  void take(T *&pointer, int64_t bytes) {
+    pointer = base ? reinterpret_cast<T *>(base + used) : nullptr;
+    used += (bytes + 255) / 256 * 256;
+  }
+};
+
+/* What a cache keeps for its life: barriers and the decoding kernel's counters are zero between launches. */
+struct workspace_layout {
+  void *decode;
+  unsigned *barriers;
+  lola_device_span *spans;
+  int32_t *slot_source;
+  void *exchange;
+};
+
+workspace_layout lay_out_workspace(const lola_cache *cache, pieces *from) {
+  workspace_layout w;
+  from->take(w.decode, lola_cuda_decode_bytes(cache));
+  from->take(w.barriers, LOLA_SCAN_BARRIERS * static_cast<int64_t>(sizeof(unsigned)));
+  from->take(w.spans, cache->shape.batch * static_cast<int64_t>(sizeof(lola_device_span)));
+  from->take(w.slot_source, cache->shape.batch * cache->sets * cache->config.sparse * 4);
+  from->take(w.exchange, lola_cuda_scan_exchange_bytes(cache));
+  return w;
+}
+
+void take_phi(pieces *from, lola_device_segment *g) {
+  int64_t item = lola_device_item(g->dtype), heads = static_cast<int64_t>(g->B) * g->Hq;
+  from->take(g->slot_phi, heads * g->L * g->F * item);
+  from->take(g->ring_phi, heads * g->R * g->F * item);
+}
+
+void take_records(pieces *from, lola_device_segment *g) {
+  int64_t item = lola_device_item(g->dtype), rows = static_cast<int64_t>(g->tokens) * g->Hq;
+  from->take(g->token_phi, rows * g->F * item);
+  from->take(g->query_phi, rows * g->F * item);
+  from->take(g->recalled, rows * g->Dv * 4);
+  from->take(g->z, rows * 4);
+  from->take(g->sources, static_cast<int64_t>(g->chunk_records) * g->S * g->L * 4);
+  from->take(g->source_count, static_cast<int64_t>(g->chunk_records) * g->S * 4);
+}
+
+/* --- the call ------------------------------------------------------------------------------------------------------ */
+
+lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
+  const lola_shape &shape = cache->shape;
+  const lola_call &base = call->base;
+  lola_device_segment g = {};
+  g.B = static_cast<int>(shape.batch);
+  g.Hq = static_cast<int>(shape.heads);
+  g.Hkv = static_cast<int>(shape.kv_heads);
+  g.S = static_cast<int>(cache->sets);
+  g.r = g.Hq / g.Hkv;
+  g.rs = g.Hq / g.S;
+  g.D = static_cast<int>(shape.head_dim);
+  g.Dv = static_cast<int>(shape.value_dim);
+  g.F = static_cast<int>(shape.feature_dim);
+  g.L = static_cast<int>(cache->config.sparse);
+  g.W = cache->config.window;
+  g.C = cache->config.chunk;
+  g.R = cache->ring;
+  g.dtype = shape.dtype;
+  g.q_dtype = base.q.dtype;
+  g.stores_features = cache->stores_features;
+  g.mixing = base.mixing;
+  g.score = cache->config.score;
+  g.seed = cache->config.seed;
+  g.scale = base.scale;
+  g.gate = base.gate;
+  g.map = base.map;
+  g.q = base.q;
+  g.k = base.k;
+  g.v = base.v;
+  g.out = base.out;
+  g.q_features = base.q_features;
+  g.k_features = base.k_features;
+  g.scores = base.scores;
+  g.share = base.share;
+  g.tokens_seen = cache->tokens_seen;
+  g.chunks = cache->chunks;
+  g.row_ids = cache->row_ids;
+  g.folded = cache->folded;
+  g.sparse_count = cache->sparse_count;
+  g.sparse_positions = cache->sparse_positions;
+  g.window_keys = cache->window_keys;
+  g.window_values = cache->window_values;
+  g.sparse_keys = cache->sparse_keys;
+  g.sparse_values = cache->sparse_values;
+  g.window_features = cache->window_features;
+  g.sparse_features = cache->sparse_features;
+  g.sparse_scores = cache->sparse_scores;
+  g.hidden = cache->hidden;
+  g.normalizer = cache->normalizer;
+  g.window_given = cache->window_given;
+  g.sparse_given = cache->sparse_given;
+  return g;
+}
+
+lola_status queue_plan(const lola_device_segment &g, const call_rows &rows, int64_t first, int64_t count,
+                       cudaStream_t stream, lola_message *message) {
+  plan_kernel<<<blocks_for(g.B), THREADS, 0, stream>>>(g, rows, first, count);
+  return lola_cuda_launched("plan", message);
+}
+
+lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows &rows, const lola_cuda_call *call,
+                   lola_message *message) {
+  cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
+  void *phi = nullptr;
+  if (!call->no_update) {
+    pieces sizes = {nullptr};
+    take_phi(&sizes, &g);
+    lola_status status = lola_cuda_allocate(call->device, sizes.used, call->stream, &phi, message);
+    if (status) return status;
+    pieces from = {static_cast<char *>(phi)};
+    take_phi(&from, &g);
+  }
+  g.tokens = g.B; /* a token a row, at most */
+  lola_status status = queue_plan(g, rows, 0, 1, stream, message);
+  if (!call->no_update) {
+    if (!status) status = lola_cuda_segment_features(&g, 0, stream, message);
+    if (!status) status = lola_cuda_scan(&g, 0, stream, message);
+    if (!status) status = lola_cuda_commit_sparse(&g, stream, message);
+    lola_cuda_release(call->device, phi, call->stream);
+  }
+  if (!status) status = lola_cuda_decode(&g, decode_scratch, stream, message);
+  return status;
+}
+
+lola_status prefill(lola_device_segment g, const call_rows &rows, const lola_cuda_call *call, lola_message *message) {
+  cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
+  bool packed = rows.cu_seqlens.data;
+  int64_t batch = packed ? 1 : g.B;
+  int64_t longest = SEGMENT_TOKENS / batch < 64 ? 64 : SEGMENT_TOKENS / batch;
+  /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
+  int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
+  if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
+  int64_t count = rows.tokens < longest ? rows.tokens : longest;
+  g.tokens = static_cast<int>(batch * count);
+  g.chunk_records = static_cast<int>(packed ? count / g.C + 2 * g.B + 1 : batch * (count / g.C + 2));
+  pieces sizes = {nullptr};
+  take_phi(&sizes, &g);
+  take_records(&sizes, &g);
+  void *scratch;
+  lola_status status = lola_cuda_allocate(call->device, sizes.used, call->stream, &scratch, message);
+  if (status) return status;
+  pieces from = {static_cast<char *>(scratch)};
+  take_phi(&from, &g);
+  take_records(&from, &g);
+  for (int64_t first = 0; first < rows.tokens && !status; first += count) {
+    int64_t part = rows.tokens - first < count ? rows.tokens - first : count;
+    g.tokens = static_cast<int>(batch * part);
+    g.chunk_records = static_cast<int>(packed ? part / g.C + 2 * g.B + 1 : batch * (part / g.C + 2));
+    status = queue_plan(g, rows, first, part, stream, message);
+    if (!status) status = lola_cuda_segment_features(&g, 1, stream, message);
+    if (!status) status = lola_cuda_scan(&g, 1, stream, message);
+    if (!status) status = lola_cuda_segment_attend(&g, stream, message);
+    if (!status) status = lola_cuda_commit_sparse(&g, stream, message);
+    if (!status) status = lola_cuda_commit_window(&g, stream, message);
+  }
+  lola_cuda_release(call->device, scratch, call->stream);
+  return status;
+}
+
+call_rows rows_of(const lola_cuda_call *call) {
+  return call_rows{call->starts, call->stops, call->cu_seqlens, call->tokens};
+}
+
+/* --- check_finite -------------------------------------------------------------------------------------------------- */
+
+struct checked_input {
+  lola_array array;
+  int heads, n, not_negative, bit;
+};
+
+/* One warp per (batch row, token, head). */
+__global__ void check_kernel(const __grid_constant__ checked_input input, const __grid_constant__ call_rows rows, int B,
+                             int64_t batch, int *odd) {
+  int lane = threadIdx.x % 32;
+  int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (index >= batch * rows.tokens * input.heads) return;
+  int64_t h = index % input.heads, t = index / input.heads % rows.tokens, b = index / input.heads / rows.tokens;
+  if (!rows.cu_seqlens.data) {
+    int64_t start, stop;
+    row_range(rows, static_cast<int>(b), &start, &stop);
+    if (t < start || t >= stop) return;
+  }
+  const char *data = lola_device_at(input.array, b, t, h);
+  bool wrong = false;
+  for (int i = lane; i < input.n; i += 32) {
+    float x = lola_device_load(data, i, input.array.dtype);
+    wrong |= !isfinite(x) || (input.not_negative && x < 0);
+  }
+  if (__any_sync(0xffffffffu, wrong) && lane == 0) atomicOr(odd, 1 << input.bit);
+}
+
+__global__ void check_index_kernel(const __grid_constant__ call_rows rows, int B, int *odd) {
+  int64_t T = rows.tokens;
+  bool wrong = false;
+  for (int row = threadIdx.x; row < B; row += blockDim.x) {
+    int64_t start = 0, stop = T;
+    if (rows.cu_seqlens.data) {
+      start = index_at(rows.cu_seqlens, row);
+      stop = index_at(rows.cu_seqlens, row + 1);
+      wrong |= (row == 0 && start != 0) || (row == B - 1 && stop != T);
+    } else {
+      if (rows.starts.data) start = index_at(rows.starts, row);
+      if (rows.stops.data) stop = index_at(rows.stops, row);
+    }
+    wrong |= start < 0 || start > stop || stop > T;
+  }
+  if (wrong) atomicOr(odd, 1 << 6);
+}
+
+}  // namespace
+
+int64_t lola_cuda_workspace_bytes(const lola_cache *cache, int device) {
+  lola_message ignored;
+  lola_device_scope scope(device, &ignored);
+  pieces sizes = {nullptr};
+  lay_out_workspace(cache, &sizes);
+  return sizes.used;
+}
+
+lola_status lola_cuda_attention(lola_cache *cache, void *workspace, const lola_cuda_call *call, lola_message *message) {
+  if (cache->config.score == LOLA_SCORE_ATTENTION)
+    return lola_fail(message, LOLA_VALUE_ERROR,
+                     "score 'attention' runs on the CPU only: use a cache with device='cpu', or another score");
+  if (!cache->shape.batch || !call->tokens) return LOLA_OK;
+  lola_device_scope scope(call->device, message);
+  if (scope.status) return scope.status;
+  lola_device_segment g = begin(cache, call);
+  call_rows rows = rows_of(call);
+  pieces from = {static_cast<char *>(workspace)};
+  workspace_layout kept = lay_out_workspace(cache, &from);
+  g.spans = kept.spans;
+  g.slot_source = kept.slot_source;
+  g.barriers = kept.barriers;
+  g.exchange = kept.exchange;
+  g.exchange_bytes = lola_cuda_scan_exchange_bytes(cache);
+  int64_t batch = rows.cu_seqlens.data ? 1 : g.B;
+  if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
+    int64_t threads = batch * rows.tokens * g.Hq;
+    if (threads > INT64_C(0x7fffffff) * THREADS)
+      return lola_fail(message, LOLA_VALUE_ERROR, "too many tokens in one call: pass fewer at a time");
+    zero_outside_kernel<<<blocks_for(threads), THREADS, 0, static_cast<cudaStream_t>(call->stream)>>>(g, rows, batch);
+    lola_status status = lola_cuda_launched("zero_outside", message);
+    if (status) return status;
+  }
+  return call->tokens == 1 ? decode(g, kept.decode, rows, call, message) : prefill(g, rows, call, message);
+}
+
+lola_status lola_cuda_check_finite(const lola_cache *cache, const lola_cuda_call *call, int *odd,
+                                   lola_message *message) {
+  const lola_shape &shape = cache->shape;
+  *odd = 0;
+  if (!shape.batch) return LOLA_OK;
+  lola_device_scope scope(call->device, message);
+  if (scope.status) return scope.status;
+  cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
+  const lola_call &base = call->base;
+  const int heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
+  const int D = static_cast<int>(shape.head_dim), Dv = static_cast<int>(shape.value_dim),
+            F = static_cast<int>(shape.feature_dim);
+  const checked_input inputs[] = {
+      {base.q, heads, D, 0, 0},          {base.k, kv_heads, D, 0, 1},       {base.v, kv_heads, Dv, 0, 2},
+      {base.q_features, heads, F, 1, 3}, {base.k_features, heads, F, 1, 4}, {base.scores, heads, 1, 0, 5},
+  };
+  void *found;
+  lola_status status = lola_cuda_allocate(call->device, sizeof(int), call->stream, &found, message);
+  if (status) return status;
+  status = lola_cuda_status(cudaMemsetAsync(found, 0, sizeof(int), stream), "cudaMemsetAsync", message);
+  call_rows rows = rows_of(call);
+  int64_t batch = rows.cu_seqlens.data ? 1 : shape.batch;
+  for (const checked_input &input : inputs) {
+    int64_t threads = batch * rows.tokens * input.heads * 32;
+    if (status || !input.array.data || !threads) continue;
+    check_kernel<<<blocks_for(threads), THREADS, 0, stream>>>(input, rows, static_cast<int>(shape.batch), batch,
+                                                              static_cast<int *>(found));
+    status = lola_cuda_launched("check", message);
+  }
+  if (!status && (rows.starts.data || rows.stops.data || rows.cu_seqlens.data)) {
+    check_index_kernel<<<1, THREADS, 0, stream>>>(rows, static_cast<int>(shape.batch), static_cast<int *>(found));
+    status = lola_cuda_launched("check_index", message);
+  }
+  if (!status)
+    status = lola_cuda_status(cudaMemcpyAsync(odd, found, sizeof(int), cudaMemcpyDeviceToHost, stream),
+                              "cudaMemcpyAsync", message);
+  if (!status) status = lola_cuda_status(cudaStreamSynchronize(stream), "cudaStreamSynchronize", message);
+  lola_cuda_release(call->device, found, call->stream);
+  return status;
+}

@@ -1,0 +1,161 @@
+/* commit: what a segment leaves behind in the cache's buffers, after every kernel that reads their old content.
+ *
+ * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
+ * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
+ * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
+ * Both give each row a few blocks whose warps share its work; a row without work costs a block one look at its span. */
+#include "segment.cuh"
+
+namespace {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+/* Blocks of all rows together, at most, as long as each row has one. */
+constexpr int64_t MOST_BLOCKS = 2048;
+constexpr unsigned ALL = 0xffffffffu;
+
+__device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
+  return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
+}
+
+/* A key and a value by one warp, in pieces of U; both are read before either is written. */
+template <typename U>
+__device__ __forceinline__ void copy_pair_as(char *to_key, const char *key, int64_t key_bytes, char *to_value,
+                                             const char *value, int64_t value_bytes) {
+  const int64_t keys = key_bytes / static_cast<int64_t>(sizeof(U)),
+                values = value_bytes / static_cast<int64_t>(sizeof(U));
+  for (int64_t i = threadIdx.x % 32; i < keys || i < values; i += 32) {
+    U k = {}, v = {};
+    if (i < keys) k = reinterpret_cast<const U *>(key)[i];
+    if (i < values) v = reinterpret_cast<const U *>(value)[i];
+    if (i < keys) reinterpret_cast<U *>(to_key)[i] = k;
+    if (i < values) reinterpret_cast<U *>(to_value)[i] = v;
+  }
+}
+
+__device__ __forceinline__ void copy_pair(char *to_key, const char *key, int64_t key_bytes, char *to_value,
+                                          const char *value, int64_t value_bytes) {
+  const uint64_t all = reinterpret_cast<uintptr_t>(to_key) | reinterpret_cast<uintptr_t>(key) |
+                       reinterpret_cast<uintptr_t>(to_value) | reinterpret_cast<uintptr_t>(value) |
+                       static_cast<uint64_t>(key_bytes) | static_cast<uint64_t>(value_bytes);
+  if (all % 16 == 0)
+    copy_pair_as<uint4>(to_key, key, key_bytes, to_value, value, value_bytes);
+  else
+    copy_pair_as<uint16_t>(to_key, key, key_bytes, to_value, value, value_bytes);
+}
+
+/* A row of features by one warp, from `type` to `to_type`. */
+__device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, const char *from, lola_dtype type, int F) {
+  for (int f = threadIdx.x % 32; f < F; f += 32) lola_device_store(to, f, to_type, lola_device_load(from, f, type));
+}
+
+/* A warp looks at 32 slots at a time. */
+__global__ void __launch_bounds__(THREADS)
+    commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
+  const int row = blockIdx.x / blocks_per_row;
+  const lola_device_span span = g.spans[row];
+  if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
+  const int64_t runs = (g.L + INT64_C(31)) / 32;
+  const lola_dtype type = feature_type(g);
+  for (int64_t i = blockIdx.x % blocks_per_row * WARPS + threadIdx.x / 32; i < runs * g.S;
+       i += static_cast<int64_t>(blocks_per_row) * WARPS) {
+    const int set = static_cast<int>(i / runs);
+    const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * 32;
+    const int64_t count = g.sparse_count[group];
+    const int code = first + lane < count ? g.slot_source[group * g.L + first + lane] : -1;
+    unsigned entered = __ballot_sync(ALL, code >= 0);
+    while (entered) {
+      const int from = __ffs(static_cast<int>(entered)) - 1;
+      entered &= entered - 1;
+      const int source = __shfl_sync(ALL, code, from);
+      const int64_t slot = group * g.L + first + from;
+      copy_pair(static_cast<char *>(g.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
+                key_bytes, static_cast<char *>(g.sparse_values) + slot * value_bytes,
+                lola_device_value(g, span, row, set, source), value_bytes);
+      for (int h = set * g.rs; g.stores_features && h < (set + 1) * g.rs; h++) {
+        const int64_t head = static_cast<int64_t>(row) * g.Hq + h, bytes = g.F * lola_device_item(type);
+        char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + from) * bytes;
+        if (source < g.R)
+          copy_features(to, type,
+                        static_cast<const char *>(g.window_features) +
+                            (head * g.R + lola_device_ring_slot(span.position - g.R + source, g.R)) * bytes,
+                        type, g.F);
+        else
+          copy_features(to, type, lola_device_at(g.k_features, span.batch, span.first + source - g.R, h),
+                        g.k_features.dtype, g.F);
+      }
+    }
+  }
+}
+
+/* A warp writes one token of one KV head at a time. */
+__global__ void __launch_bounds__(THREADS)
+    commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
+  const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
+  const lola_device_span span = g.spans[row];
+  if (span.tokens == 0) return;
+  const int lane = threadIdx.x % 32, sets = g.S / g.Hkv;
+  const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
+  const int64_t begin = span.tokens > g.R ? span.tokens - g.R : 0;
+  const lola_dtype type = feature_type(g);
+  for (int64_t i = static_cast<int64_t>(part) * WARPS + threadIdx.x / 32; i < (span.tokens - begin) * g.Hkv;
+       i += static_cast<int64_t>(blocks_per_row) * WARPS) {
+    const int kv_head = static_cast<int>(i % g.Hkv);
+    const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
+    const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
+    copy_pair(static_cast<char *>(g.window_keys) + at * key_bytes,
+              lola_device_at(g.k, span.batch, span.first + t, kv_head), key_bytes,
+              static_cast<char *>(g.window_values) + at * value_bytes,
+              lola_device_at(g.v, span.batch, span.first + t, kv_head), value_bytes);
+    for (int s = lane; g.scores.data && s < sets; s += 32) {
+      const int64_t set = static_cast<int64_t>(kv_head) * sets + s;
+      float sum = 0;
+      for (int64_t h = set * g.rs; h < (set + 1) * g.rs; h++)
+        sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, span.batch, span.first + t, h));
+      g.window_given[(static_cast<int64_t>(row) * g.S + set) * g.R + slot] = sum;
+    }
+    for (int h = kv_head * g.r; g.stores_features && h < (kv_head + 1) * g.r; h++)
+      copy_features(static_cast<char *>(g.window_features) +
+                        ((static_cast<int64_t>(row) * g.Hq + h) * g.R + slot) * g.F * lola_device_item(type),
+                    type, lola_device_at(g.k_features, span.batch, span.first + t, h), g.k_features.dtype, g.F);
+  }
+  if (part == 0 && threadIdx.x == 0) {
+    const int64_t chunk = (span.position + span.tokens - 1) / g.C;
+    g.tokens_seen[row] = span.position + span.tokens;
+    if (chunk > g.chunks[row]) g.chunks[row] = chunk;
+  }
+}
+
+/* Blocks per row for work that keeps `warps` warps of it busy. */
+int blocks_for(int64_t warps, int B) {
+  int64_t blocks = (warps + WARPS - 1) / WARPS, most = MOST_BLOCKS / B;
+  if (blocks > most) blocks = most;
+  return blocks < 1 ? 1 : static_cast<int>(blocks);
+}
+
+lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
+  if (static_cast<int64_t>(B) * blocks_per_row <= INT64_C(0x7fffffff)) return LOLA_OK;
+  return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", B);
+}
+
+} // namespace
+
+lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+  if (!segment->B || !segment->L) return LOLA_OK;
+  const int blocks = blocks_for((segment->L + INT64_C(31)) / 32 * segment->S, segment->B);
+  lola_status status = check_batch(segment->B, blocks, message);
+  if (status) return status;
+  commit_sparse_kernel<<<segment->B * blocks, THREADS, 0, stream>>>(*segment, blocks);
+  return lola_cuda_launched("commit_sparse", message);
+}
+
+lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+  if (!segment->B) return LOLA_OK;
+  const int64_t tokens = segment->tokens < segment->R ? segment->tokens : segment->R;
+  const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
+  lola_status status = check_batch(segment->B, blocks, message);
+  if (status) return status;
+  commit_window_kernel<<<segment->B * blocks, THREADS, 0, stream>>>(*segment, blocks);
+  return lola_cuda_launched("commit_window", message);
+}

@@ -1,0 +1,247 @@
+/* Devices, memory, streams and events for the binding, which knows no CUDA header; and the table of the backend.
+ *
+ * Nothing here touches the driver before the first call. Memory comes from a pool of lola's own, in stream order, so
+ * that scratch costs no synchronisation; the pool keeps up to KEPT_BYTES that are free. */
+#include <mutex>
+
+#include "device.cuh"
+#include "steps.cuh"
+
+lola_status lola_cuda_status(cudaError_t error, const char *what, lola_message *message) {
+  if (error == cudaSuccess) return LOLA_OK;
+  cudaGetLastError();
+  return lola_fail(message, LOLA_DEVICE_ERROR, "%s failed: %s", what, cudaGetErrorString(error));
+}
+
+lola_status lola_cuda_allocation_status(cudaError_t error, int64_t bytes, lola_message *message) {
+  if (error != cudaErrorMemoryAllocation) return lola_cuda_status(error, "a CUDA allocation", message);
+  cudaGetLastError();
+  return lola_out_of_memory(message, bytes);
+}
+
+namespace {
+
+constexpr int MAX_DEVICES = 64;
+constexpr uint64_t KEPT_BYTES = uint64_t(1) << 30;
+
+cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
+cudaEvent_t as_event(void *event) { return static_cast<cudaEvent_t>(event); }
+
+/* --- the machine --------------------------------------------------------------------------------------------------- */
+
+lola_status device_count(int *count, lola_message *message) {
+  *count = 0;
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || !driver) {
+    cudaGetLastError();
+    return lola_fail(message, LOLA_DEVICE_ERROR, "no NVIDIA driver was found");
+  }
+  cudaRuntimeGetVersion(&runtime);
+  cudaError_t error = cudaGetDeviceCount(count);
+  if (error == cudaSuccess && *count > MAX_DEVICES) *count = MAX_DEVICES;
+  if (error == cudaSuccess && *count) {
+    cudaDeviceProp properties;
+    error = cudaGetDeviceProperties(&properties, 0);
+    if (error == cudaSuccess && properties.major < 8) {
+      *count = 0;
+      return lola_fail(message, LOLA_DEVICE_ERROR, "%s is too old: its compute capability is %d.%d, lola needs 8.0",
+                       properties.name, properties.major, properties.minor);
+    }
+    if (error == cudaSuccess) return LOLA_OK;
+  }
+  cudaGetLastError();
+  *count = 0;
+  if (error == cudaSuccess || error == cudaErrorNoDevice)
+    return lola_fail(message, LOLA_DEVICE_ERROR, "the NVIDIA driver sees no CUDA device");
+  if (error == cudaErrorInsufficientDriver)
+    return lola_fail(message, LOLA_DEVICE_ERROR, "the NVIDIA driver is too old: it runs CUDA %d.%d, lola needs %d.%d",
+                     driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  return lola_cuda_status(error, "cudaGetDeviceCount", message);
+}
+
+lola_status current_device(int *device, lola_message *message) {
+  return lola_cuda_status(cudaGetDevice(device), "cudaGetDevice", message);
+}
+
+/* --- memory -------------------------------------------------------------------------------------------------------- */
+
+std::mutex pool_mutex;
+cudaMemPool_t pools[MAX_DEVICES];
+
+lola_status pool_of(int device, cudaMemPool_t *pool, lola_message *message) {
+  std::lock_guard<std::mutex> guard(pool_mutex);
+  if (!pools[device]) {
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    cudaMemPool_t made;
+    uint64_t kept = KEPT_BYTES;
+    lola_status status = lola_cuda_status(cudaMemPoolCreate(&made, &properties), "cudaMemPoolCreate", message);
+    if (status) return status;
+    cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept);
+    pools[device] = made;
+  }
+  *pool = pools[device];
+  return LOLA_OK;
+}
+
+lola_status allocate_host(int64_t bytes, void **data, lola_message *message) {
+  *data = nullptr;
+  return lola_cuda_allocation_status(cudaMallocHost(data, static_cast<size_t>(bytes)), bytes, message);
+}
+
+void release_host(void *data) {
+  if (data) cudaFreeHost(data);
+}
+
+cudaMemcpyKind kind_of(lola_copy_kind kind) {
+  return kind == LOLA_COPY_TO_DEVICE ? cudaMemcpyHostToDevice
+         : kind == LOLA_COPY_TO_HOST ? cudaMemcpyDeviceToHost
+                                     : cudaMemcpyDeviceToDevice;
+}
+
+lola_status copy(int device, void *target, const void *source, int64_t bytes, lola_copy_kind kind, void *stream,
+                 lola_message *message) {
+  if (!bytes) return LOLA_OK;
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(
+      cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), kind_of(kind), as_stream(stream)), "cudaMemcpyAsync",
+      message);
+}
+
+lola_status copy_rows(int device, void *target, int64_t target_pitch, const void *source, int64_t source_pitch,
+                      int64_t bytes, int64_t rows, lola_copy_kind kind, void *stream, lola_message *message) {
+  if (!bytes || !rows) return LOLA_OK;
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(
+      cudaMemcpy2DAsync(target, static_cast<size_t>(target_pitch), source, static_cast<size_t>(source_pitch),
+                        static_cast<size_t>(bytes), static_cast<size_t>(rows), kind_of(kind), as_stream(stream)),
+      "cudaMemcpy2DAsync", message);
+}
+
+lola_status zero(int device, void *data, int64_t bytes, void *stream, lola_message *message) {
+  if (!bytes) return LOLA_OK;
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), as_stream(stream)), "cudaMemsetAsync",
+                          message);
+}
+
+/* --- streams ------------------------------------------------------------------------------------------------------- */
+
+lola_status synchronize(int device, void *stream, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(cudaStreamSynchronize(as_stream(stream)), "cudaStreamSynchronize", message);
+}
+
+lola_status stream_create(int device, void **stream, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  cudaStream_t made;
+  lola_status status =
+      lola_cuda_status(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "cudaStreamCreate", message);
+  if (!status) *stream = made;
+  return status;
+}
+
+void stream_destroy(int device, void *stream) {
+  lola_message ignored;
+  lola_device_scope scope(device, &ignored);
+  if (!scope.status) cudaStreamDestroy(as_stream(stream));
+}
+
+lola_status capturing(int device, void *stream, int *result, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  cudaStreamCaptureStatus state;
+  lola_status status =
+      lola_cuda_status(cudaStreamIsCapturing(as_stream(stream), &state), "cudaStreamIsCapturing", message);
+  if (!status) *result = state != cudaStreamCaptureStatusNone;
+  return status;
+}
+
+lola_status event_create(int device, void **event, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  cudaEvent_t made;
+  lola_status status =
+      lola_cuda_status(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "cudaEventCreate", message);
+  if (!status) *event = made;
+  return status;
+}
+
+void event_destroy(int device, void *event) {
+  lola_message ignored;
+  lola_device_scope scope(device, &ignored);
+  if (!scope.status) cudaEventDestroy(as_event(event));
+}
+
+lola_status event_record(int device, void *event, void *stream, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(cudaEventRecord(as_event(event), as_stream(stream)), "cudaEventRecord", message);
+}
+
+lola_status event_wait(int device, void *event, void *stream, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  return lola_cuda_status(cudaStreamWaitEvent(as_stream(stream), as_event(event), 0), "cudaStreamWaitEvent", message);
+}
+
+}  // namespace
+
+lola_status lola_cuda_allocate(int device, int64_t bytes, void *stream, void **data, lola_message *message) {
+  *data = nullptr;
+  if (device < 0 || device >= MAX_DEVICES)
+    return lola_fail(message, LOLA_VALUE_ERROR, "device must be from 0 to %d, got %d", MAX_DEVICES - 1, device);
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  cudaMemPool_t pool;
+  lola_status status = pool_of(device, &pool, message);
+  if (status) return status;
+  return lola_cuda_allocation_status(
+      cudaMallocFromPoolAsync(data, static_cast<size_t>(bytes ? bytes : 1), pool, as_stream(stream)), bytes, message);
+}
+
+void lola_cuda_release(int device, void *data, void *stream) {
+  if (!data) return;
+  lola_message ignored;
+  lola_device_scope scope(device, &ignored);
+  if (!scope.status && cudaFreeAsync(data, as_stream(stream)) != cudaSuccess) cudaGetLastError();
+}
+
+const lola_cuda_api *lola_cuda_table(void) {
+  static const lola_cuda_api table = {
+      LOLA_CUDA_API_VERSION,
+      device_count,
+      current_device,
+      lola_cuda_allocate,
+      lola_cuda_release,
+      allocate_host,
+      release_host,
+      copy,
+      copy_rows,
+      zero,
+      synchronize,
+      stream_create,
+      stream_destroy,
+      capturing,
+      event_create,
+      event_destroy,
+      event_record,
+      event_wait,
+      lola_cuda_attention,
+      lola_cuda_workspace_bytes,
+      lola_cuda_check_finite,
+      lola_cuda_features,
+      lola_cuda_score,
+      lola_cuda_select,
+      lola_cuda_fold,
+      lola_cuda_attend,
+  };
+  return &table;
+}

@@ -1,0 +1,211 @@
+/* A segment on the device: the tokens of one call that are worked on at a time (csrc/cpu/segment.h says the same for the
+ * CPU). The host knows no row's position, so nothing here waits for the device: `plan` (attention.cu) writes one span per
+ * cache row, and every kernel reads where its row stands from there.
+ *
+ *   plan      spans; where each row's tokens begin and how many they are
+ *   features  phi(k) of sparse slots and ring that this segment may score or fold, of its tokens, and phi(q)
+ *   scan      chunks in order: score, select, fold; writes the sparse cache's counters, positions and scores, H and s,
+ *             the pairs that each chunk's queries see (`sources`), and phi(q)^T H, phi(q)^T s of every token
+ *   attend    all blocks of queries at once from those records
+ *   commit    keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
+ *
+ * Decoding (T = 1) runs features and scan, which return at once when no row begins a chunk, then decode.cu's kernel. */
+#ifndef LOLA_CUDA_SEGMENT_CUH
+#define LOLA_CUDA_SEGMENT_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "core/message.h"
+#include "core/schedule.h"
+#include "lola/cuda.h"
+
+/* One cache row's tokens in the segment. */
+typedef struct lola_device_span {
+  int64_t position;    /* of the first token: the row's tokens_seen when the segment begins */
+  int64_t batch, first; /* in the call's arrays: batch index and offset of the first token */
+  int32_t tokens;      /* 0: the row is idle */
+  int32_t token;       /* index of the first token in the per-token scratch arrays */
+  int32_t chunk;       /* index of the row's first chunk record */
+  int32_t chunks;      /* chunks that its tokens touch: position / C .. (position + tokens - 1) / C */
+  int64_t updated;     /* cache.chunks: the chunk whose update is done when the segment begins */
+} lola_device_span;
+
+/* Where a pair lies while the segment runs. code < 0: sparse slot -code - 1 as it was when the segment began;
+ * code >= 0: position span.position - R + code, in the window ring while code < R, else the segment's token code - R. */
+
+/* Features are stored as the cache's keys would be: bfloat16 beside 16-bit keys, else float32 ("feature type"). */
+typedef struct lola_device_segment {
+  /* sizes */
+  int B, Hq, Hkv, S, r, rs; /* r = Hq / Hkv, S sets, rs = Hq / S query heads per set */
+  int D, Dv, F, L;
+  int64_t W, C, R;
+  lola_dtype dtype, q_dtype; /* of keys and values; of queries and outputs */
+  int stores_features;       /* the caller's own features: window_features, sparse_features, call.k_features */
+  lola_mixing mixing;
+  lola_score score;
+  uint64_t seed;
+  float scale;
+  const float *gate;
+  lola_feature_map map;
+  /* the call's arrays, of the whole call: offsets are span.first + i */
+  lola_array q, k, v, out, q_features, k_features, scores, share;
+  /* the cache's buffers, laid out as lola_cache says */
+  int64_t *tokens_seen, *chunks, *row_ids, *folded, *sparse_count, *sparse_positions;
+  void *window_keys, *window_values, *sparse_keys, *sparse_values, *window_features, *sparse_features;
+  float *sparse_scores, *hidden, *normalizer, *window_given, *sparse_given;
+  /* scratch of this segment */
+  int tokens;      /* rows of the per-token arrays */
+  int chunk_records; /* rows of the per-chunk arrays */
+  lola_device_span *spans; /* (B,) */
+  void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
+  void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R */
+  void *token_phi;         /* (tokens, Hq, F): phi(k) */
+  void *query_phi;         /* (tokens, Hq, F): phi(q) */
+  float *recalled;         /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
+  float *z;                /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
+  int32_t *sources;        /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
+  int32_t *source_count;   /* (chunk_records, S) */
+  int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the segment */
+  void *exchange;          /* scan's own: scores between its blocks */
+  int64_t exchange_bytes;
+  unsigned *barriers;      /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
+} lola_device_segment;
+
+enum { LOLA_SCAN_BARRIERS = 1024 };
+
+/* --- launchers: one per step, each queues its kernels and returns the launch's status ------------------------------ */
+
+/* slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk), and with
+ * `tokens` also token_phi and query_phi. */
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, cudaStream_t stream,
+                                       lola_message *message);
+/* Bytes of `exchange` for this cache on the current device. */
+int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
+/* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
+lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message);
+lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* Sparse slots whose slot_source is >= 0, from ring and tokens. */
+lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
+lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* One token for each row that is not idle: writes it into the ring, attends, advances tokens_seen and chunks. Sparse
+ * slots were committed before. `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed where it must be. */
+int64_t lola_cuda_decode_bytes(const lola_cache *cache);
+lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
+                             lola_message *message);
+
+/* After a launch: the last error as a status that names the kernel. */
+static inline lola_status lola_cuda_launched(const char *kernel, lola_message *message) {
+  cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return LOLA_OK;
+  return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel %s could not be launched: %s", kernel,
+                   cudaGetErrorString(error));
+}
+
+/* --- what kernels share ------------------------------------------------------------------------------------------- */
+
+#ifdef __CUDACC__
+
+static __host__ __device__ inline int64_t lola_device_item(lola_dtype dtype) { return dtype == LOLA_FLOAT32 ? 4 : 2; }
+
+/* Address of element 0 of (b, t, h). */
+static __device__ inline char *lola_device_at(const lola_array &array, int64_t b, int64_t t, int64_t h) {
+  return static_cast<char *>(array.data) +
+         (b * array.stride_b + t * array.stride_t + h * array.stride_h) * lola_device_item(array.dtype);
+}
+
+static __device__ inline float lola_device_load(const void *data, int64_t i, lola_dtype dtype) {
+  if (dtype == LOLA_FLOAT32) return static_cast<const float *>(data)[i];
+  if (dtype == LOLA_FLOAT16) return __half2float(static_cast<const __half *>(data)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16 *>(data)[i]);
+}
+
+static __device__ inline void lola_device_store(void *data, int64_t i, lola_dtype dtype, float x) {
+  if (dtype == LOLA_FLOAT32)
+    static_cast<float *>(data)[i] = x;
+  else if (dtype == LOLA_FLOAT16)
+    static_cast<__half *>(data)[i] = __float2half_rn(x);
+  else
+    static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16_rn(x);
+}
+
+/* The ring slot of a position that may be before 0 in unused codes. */
+static __device__ inline int64_t lola_device_ring_slot(int64_t position, int64_t R) {
+  int64_t slot = position % R;
+  return slot < 0 ? slot + R : slot;
+}
+
+/* Key of the pair `code` of a set; `kv_head` = set * Hkv / S. */
+static __device__ inline const char *lola_device_key(const lola_device_segment &g, const lola_device_span &span, int row,
+                                                     int set, int code) {
+  int64_t item = lola_device_item(g.dtype), kv_head = set / (g.S / g.Hkv);
+  if (code < 0)
+    return static_cast<const char *>(g.sparse_keys) +
+           ((static_cast<int64_t>(row) * g.S + set) * g.L - code - 1) * g.D * item;
+  if (code < g.R)
+    return static_cast<const char *>(g.window_keys) +
+           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) * g.D * item;
+  return lola_device_at(g.k, span.batch, span.first + code - g.R, kv_head);
+}
+
+static __device__ inline const char *lola_device_value(const lola_device_segment &g, const lola_device_span &span,
+                                                       int row, int set, int code) {
+  int64_t item = lola_device_item(g.dtype), kv_head = set / (g.S / g.Hkv);
+  if (code < 0)
+    return static_cast<const char *>(g.sparse_values) +
+           ((static_cast<int64_t>(row) * g.S + set) * g.L - code - 1) * g.Dv * item;
+  if (code < g.R)
+    return static_cast<const char *>(g.window_values) +
+           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) * g.Dv * item;
+  return lola_device_at(g.v, span.batch, span.first + code - g.R, kv_head);
+}
+
+/* phi(k) of the pair `code` for query head `head`, F elements of the feature type (item bytes each). */
+static __device__ inline const char *lola_device_phi(const lola_device_segment &g, const lola_device_span &span, int row,
+                                                     int head, int code) {
+  int64_t item = lola_device_item(g.dtype);
+  if (code < 0)
+    return static_cast<const char *>(g.slot_phi) +
+           ((static_cast<int64_t>(row) * g.Hq + head) * g.L - code - 1) * g.F * item;
+  if (code < g.R)
+    return static_cast<const char *>(g.ring_phi) +
+           ((static_cast<int64_t>(row) * g.Hq + head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) *
+               g.F * item;
+  return static_cast<const char *>(g.token_phi) +
+         ((static_cast<int64_t>(span.token) + code - g.R) * g.Hq + head) * g.F * item;
+}
+
+/* How a query's softmax sums (maximum m in base 2, sum l) and linear sums combine: out = softmax * O + linear * N, where
+ * O = sum exp2(a_i - m) v_i. As lola_mix of csrc/cpu/attend.c. */
+typedef struct lola_device_weights {
+  float softmax, linear, share;
+} lola_device_weights;
+
+static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l, float z) {
+  lola_device_weights w = {0, 0, 0};
+  if (mixing == LOLA_MIXING_CACHE_ONLY || !(z > 0)) {
+    w.softmax = l > 0 ? 1 / l : 0;
+    return w;
+  }
+  if (mixing == LOLA_MIXING_LOLCATS) {
+    float sum = gate * l + z;
+    w.softmax = gate / sum;
+    w.linear = 1 / sum;
+    w.share = z / sum;
+    return w;
+  }
+  float logit = log2f(z);
+  if (mixing == LOLA_MIXING_GATED) logit += log2f((1 - gate) / gate);
+  float high = fmaxf(m, logit);
+  float softmax = exp2f(m - high), linear = exp2f(logit - high);
+  float sum = softmax * l + linear;
+  w.softmax = softmax / sum;
+  w.linear = linear / sum / z;
+  w.share = linear / sum;
+  return w;
+}
+
+#endif
+#endif
