@@ -129,10 +129,15 @@ def show_goals(data: dict):
 
 def show_machine(data: dict):
     device, versions = data["device"], data["versions"]
-    print(f"{device['name']}, {device['threads']} threads (of {device['cores']} cores), last-level cache {device['cache_bytes'] >> 20} MiB")
+    if device["kind"] == "cpu":
+        print(f"{device['name']}, {device['threads']} threads (of {device['cores']} cores), last-level cache {device['cache_bytes'] >> 20} MiB")
+        code = f"lola's instruction set {device['isa']}"
+    else:
+        print(f"{device['name']}, {device['multiprocessors']} multiprocessors, {device['memory_bytes'] >> 30} GiB, L2 {device['cache_bytes'] >> 20} MiB")
+        code = f"compute capability {device['capability']}"
     print(", ".join(f"{name} {version}" for name, version in versions.items() if version))
     commit = data["commit"] or "unknown"
-    print(f"lola's instruction set {device['isa']}; commit {commit[:12]}{' with changes' if data['dirty'] else ''}")
+    print(f"{code}; commit {commit[:12]}{' with changes' if data['dirty'] else ''}")
     for library in data["blas"]:
         print(f"BLAS: {', '.join(f'{name} {value}' for name, value in library.items())}")
 

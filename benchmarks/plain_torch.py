@@ -29,12 +29,13 @@ class PlainLola:
         self.odds = odds.float()[None, :, None, None]
         self.sets = g.kv_heads if g.sparse_per == "kv_head" else g.heads
         places = g.sparse + g.window + g.chunk
-        self.keys = torch.zeros(batch, self.sets, places, g.head_dim, dtype=dtype)
+        device = w_q.device
+        self.keys = torch.zeros(batch, self.sets, places, g.head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.features = torch.zeros(batch, g.heads, g.sparse + g.chunk, g.feature_dim)
-        self.positions = torch.zeros(batch, self.sets, g.sparse, dtype=torch.int64)
-        self.H = torch.zeros(batch, g.heads, g.feature_dim, g.head_dim)
-        self.s = torch.zeros(batch, g.heads, g.feature_dim)
+        self.features = torch.zeros(batch, g.heads, g.sparse + g.chunk, g.feature_dim, device=device)
+        self.positions = torch.zeros(batch, self.sets, g.sparse, dtype=torch.int64, device=device)
+        self.H = torch.zeros(batch, g.heads, g.feature_dim, g.head_dim, device=device)
+        self.s = torch.zeros(batch, g.heads, g.feature_dim, device=device)
         self.seen = self.cached = self.folded = 0
         self.held: list[torch.Tensor] | None = None   # each chunk's cached positions (B, S, .), where one wants to know
 
@@ -76,7 +77,7 @@ class PlainLola:
         grouped = q.reshape(batch, self.sets, r * n, g.head_dim)
         a = (grouped @ keys.transpose(2, 3)).float().mul_(g.head_dim**-0.5).view(batch, self.sets, r, n, -1)
         if n > 1:
-            ahead = torch.ones(n, n, dtype=torch.bool).triu_(1)
+            ahead = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
             a[..., -n:].masked_fill_(ahead, -math.inf)
         a = a.view(batch, g.heads, n, -1)
         if not self.folded:
@@ -96,7 +97,7 @@ class PlainLola:
         leaving = self.seen - W - C
         if leaving >= 0:
             count = self.cached
-            new = torch.arange(leaving, leaving + C).expand(*self.positions.shape[:2], C)
+            new = torch.arange(leaving, leaving + C, device=self.H.device).expand(*self.positions.shape[:2], C)
             positions = torch.cat([self.positions[:, :, L - count :], new], -1)
             keys, values = (x[:, :, L - count : L + C].clone() for x in (self.keys, self.values))
             for_each = keys[:, :, count:].repeat_interleave(g.heads // self.sets, 1)

@@ -25,7 +25,6 @@ except ImportError:  # a checkout that was built in place
 
 import harness  # noqa: E402
 import sections  # noqa: E402
-from cpu import Cpu  # noqa: E402
 
 EXAMPLES = """examples:
   python benchmarks/run.py --quick                      a minute: does everything run and pass its checks?
@@ -34,25 +33,51 @@ EXAMPLES = """examples:
   python benchmarks/run.py --only decode,update         two of the sections
   python benchmarks/run.py --show cpu.json              prints what was measured before
   python benchmarks/run.py --show cpu.json --plot a.png its curves as a picture (takes matplotlib)
+  python benchmarks/run.py --device cuda --json h100.json   the GPU: five minutes; --quick one, of what kernels change
 """
+
+
+def parts(device: str):
+    """The sections of a device: by name, what a full and a quick run measure, and the names that --quick takes by itself."""
+    if device == "cpu":
+        return sections.SECTIONS, sections.FULL, sections.QUICK, tuple(sections.SECTIONS)
+    import gpu_sections
+
+    return gpu_sections.SECTIONS, gpu_sections.FULL, gpu_sections.QUICK, gpu_sections.QUICK_SECTIONS
+
+
+def backend_of(options):
+    if options.device == "cpu":
+        from cpu import Cpu
+
+        return Cpu(options.threads)
+    from gpu import Gpu
+
+    return Gpu()
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to measure (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: a test of the harness, not a measurement")
-    parser.add_argument("--only", metavar="NAMES", default=",".join(sections.SECTIONS), help="sections, of %(default)s (default: all)")
-    parser.add_argument("--threads", type=int, metavar="N", help="measure up to N threads (default: all cores of this process)")
+    parser.add_argument("--only", metavar="NAMES", help="sections, with commas between (default: all; see README.md)")
+    parser.add_argument("--threads", type=int, metavar="N", help="measure up to N threads of the CPU (default: all cores of this process)")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of each group at most, at least 3 (default: 20; 3 with --quick)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="about so long for each group of runs (default: 30; 1 with --quick)")
     parser.add_argument("--json", metavar="FILE", help="write the figures, with machine, versions and commit")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves: updates against sparse, time and memory against length")
     parser.add_argument("--show", metavar="FILE", help="print a file of --json and measure nothing")
     options = parser.parse_args(argv)
-    options.only = options.only.split(",")
-    unknown = [name for name in options.only if name not in sections.SECTIONS]
+    if options.show:
+        return options
+    try:
+        known, _, _, quick = parts(options.device)
+    except ImportError as error:
+        parser.error(f"--device {options.device} takes torch: {error}")
+    options.only = options.only.split(",") if options.only else list(quick if options.quick else known)
+    unknown = [name for name in options.only if name not in known]
     if unknown:
-        parser.error(f"--only takes names of {', '.join(sections.SECTIONS)}; got {', '.join(unknown)}")
+        parser.error(f"--only takes names of {', '.join(known)}; got {', '.join(unknown)}")
     for name, least in (("threads", 1), ("repeats", 3)):
         if (value := getattr(options, name)) is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
@@ -73,7 +98,7 @@ def commit() -> tuple[str | None, bool]:
 
 
 def main(argv=None) -> int:
-    """0: all was measured; 1: a check failed, and something was not."""
+    """0: all was measured; 1: a check failed, and something was not; 2: there is no such device."""
     options = arguments(argv)
     if options.show:
         with open(options.show, encoding="utf-8") as file:
@@ -83,10 +108,15 @@ def main(argv=None) -> int:
             harness.plot(data, options.plot)
         return 0
     begun = time.perf_counter()
-    plan = sections.QUICK if options.quick else sections.FULL
+    known, full, quick, _ = parts(options.device)
+    plan = quick if options.quick else full
     changes = {name: getattr(options, name) for name in ("repeats", "budget") if getattr(options, name) is not None}
     plan = dataclasses.replace(plan, **changes)
-    backend = Cpu(options.threads)
+    try:
+        backend = backend_of(options)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
     head, dirty = commit()
     settings = {
         "quick": options.quick,
@@ -106,7 +136,7 @@ def main(argv=None) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         for name in options.only:
-            sections.SECTIONS[name](backend, report, plan)
+            known[name](backend, report, plan)
         report.data["complete"] = True
     finally:
         signal.signal(signal.SIGTERM, before)

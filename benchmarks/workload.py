@@ -7,6 +7,7 @@ implementation, so that a figure in GFLOP/s or GB/s means useful work.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -85,26 +86,34 @@ class Layer:
     w_q: np.ndarray
     w_k: np.ndarray
     gate: np.ndarray
+    device: str = "cpu"
 
     def __post_init__(self):
         self.map = lola.Hedgehog(self.w_q, self.w_k)
 
-    def new_cache(self) -> lola.Cache:
+    def new_cache(self, batch: int = 1) -> lola.Cache:
         g = self.geometry
         return lola.Cache(
-            g.config, heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim, feature_dim=g.feature_dim, dtype=g.dtype
-        )
+            g.config, batch=batch, heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim, feature_dim=g.feature_dim,
+            dtype=g.dtype, device=self.device,
+        )  # fmt: skip
 
     def attention(self, q, k, v, **more):
         return lola.attention(q, k, v, feature_map=self.map, gate=self.gate, **more)
 
+    def features(self, x, side: str, heads: list[int]) -> np.ndarray:
+        """phi(x) of some query heads, x (1, T, heads of x, D) NumPy, by the kernels of the layer's device."""
+        part = lola.Hedgehog(self.w_q[heads], self.w_k[heads])
+        where = {} if self.device == "cpu" else {"device": self.device}
+        return np.asarray(lola.kernels.features(np.ascontiguousarray(x), part, side, len(heads), **where))
 
-def new_layer(geometry: Geometry, seed: int = 0) -> Layer:
+
+def new_layer(geometry: Geometry, seed: int = 0, device: str = "cpu") -> Layer:
     rng = np.random.default_rng((seed, 1))
     g = geometry
     shape = (g.heads, g.head_dim, g.feature_dim // 2)
     w_q, w_k = (rng.standard_normal(shape, np.float32) / np.float32(g.head_dim**0.5) for _ in range(2))
-    return Layer(g, w_q, w_k, rng.uniform(0.1, 0.9, g.heads).astype(np.float32))
+    return Layer(g, w_q, w_k, rng.uniform(0.1, 0.9, g.heads).astype(np.float32), device)
 
 
 @dataclass
@@ -291,21 +300,18 @@ def _oracle(layer: Layer, tokens: Tokens, history, sub, unrounded=False, trace=N
     )
     own = {"feature_map": fmap}
     if g.dtype != "float32" and not unrounded:
-        part = lola.Hedgehog(fmap.w_q, fmap.w_k)
-        own = {
-            f"{side}_features": np.asarray(lola.kernels.features(np.ascontiguousarray(x), part, side, len(q_heads)))
-            for side, x in (("q", q), ("k", k))
-        }
+        own = {f"{side}_features": layer.features(x, side, q_heads) for side, x in (("q", q), ("k", k))}
     if tokens.scores is not None:
         own["scores"] = tokens.scores[:, :, q_heads]
     return reference.attention(q, k, v, cache=cache, gate=layer.gate[q_heads], history=history, trace=trace, **own)
 
 
-def check_prefix(layer: Layer, tokens: Tokens, out, what: str = "prefix") -> list[Check]:
-    """The first outputs of a call from an empty cache, and the rankings behind them, against the oracle.
+def follow_prefix(layer: Layer, tokens: Tokens, what: str = "prefix") -> tuple[Callable, list[Check]]:
+    """The first tokens of a call from an empty cache: a function that checks its outputs, and checks of the rankings behind
+    them, judged in float64 on the kernels' own history.
 
-    Rankings are judged in float64 on the kernels' own history: the lowest score kept is at most 1e-5 (in units of the score
-    or of the value's square) below the highest dropped.
+    A ranking is right where the lowest score kept is at most 1e-5 (in units of the score or of the value's square) below the
+    highest dropped.
     """
     g = layer.geometry
     n = prefix_length(g, tokens.count)
@@ -325,12 +331,23 @@ def check_prefix(layer: Layer, tokens: Tokens, out, what: str = "prefix") -> lis
     exact = _oracle(layer, start, history, sub, trace=trace)
     unrounded = exact if g.dtype == "float32" else _oracle(layer, start, history, sub, unrounded=True)
     q, k, _ = start.stored
-    checks = [Check(f"{what}, first {n} tokens", error(out[:, :n, sub[0]], exact),
-                    _bound(g, q[:, :, sub[0]], k[:, :, sub[1]], exact, unrounded))]
+    bound = _bound(g, q[:, :, sub[0]], k[:, :, sub[1]], exact, unrounded)
+    checks = []
     if trace:
         wrong = max(0.0, -min(reference.margin(ranking) for ranking in trace))
         checks.append(Check(f"{what}, {len(trace)} rankings in float64", wrong, 1e-5))
-    return checks
+
+    def check(out, what=what):
+        m = min(n, out.shape[1])
+        return Check(f"{what}, first {m} tokens", error(out[:, :m, sub[0]], exact[:, :m]), bound)
+
+    return check, checks
+
+
+def check_prefix(layer: Layer, tokens: Tokens, out, what: str = "prefix") -> list[Check]:
+    """The first outputs of a call from an empty cache, and the rankings behind them, against the oracle."""
+    check, checks = follow_prefix(layer, tokens, what)
+    return [check(out), *checks]
 
 
 def check_end(layer: Layer, tokens: Tokens, cache: lola.Cache, out, what: str = "end") -> list[Check]:
@@ -354,8 +371,7 @@ def check_end(layer: Layer, tokens: Tokens, cache: lola.Cache, out, what: str = 
             phi = []
             for side, x in (("q", q[:, T - n :, h : h + 1]), ("k", k[:, :, kv : kv + 1])):
                 if own_features:
-                    part = lola.Hedgehog(fmap.w_q, fmap.w_k)
-                    phi.append(np.asarray(lola.kernels.features(np.ascontiguousarray(x), part, side, 1))[0].astype(float))
+                    phi.append(layer.features(x, side, [h])[0].astype(float))
                 else:
                     phi.append(reference.features(x[0], fmap, side, 1, sixteen_bit=g.dtype != "float32"))
             fq, fk = phi
@@ -387,7 +403,7 @@ def check_features(layer: Layer, tokens: Tokens) -> list[Check]:
     worst = 0.0
     for side, x in zip("qk", tokens.first(16).stored):
         exact = reference.features(x, fmap, side, g.heads, sixteen_bit=False)
-        got = np.asarray(lola.kernels.features(np.ascontiguousarray(x), layer.map, side, g.heads)).astype(np.float64)
+        got = layer.features(x, side, list(range(g.heads))).astype(np.float64)
         worst = max(worst, float((np.abs(got - exact) / exact).max()))
     return [Check("features, relative", worst, 1e-5 if g.dtype == "float32" else 2.0**-8 + 1e-5)]
 
@@ -401,7 +417,7 @@ def check_plain(layer: Layer, tokens: Tokens, out, held) -> list[Check]:
     trace: list = []
 
     def history(row, i, chunk, positions):
-        return held[chunk][0, sets[i]].numpy()
+        return held[chunk][0, sets[i]].cpu().numpy()
 
     start = tokens.first(n)
     exact = _oracle(layer, start, history, sub, trace=trace)

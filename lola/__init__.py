@@ -67,7 +67,7 @@ def get_num_threads() -> int:
 
 
 def cuda_available() -> bool:
-    """Whether arrays on CUDA devices can be used."""
+    """Whether CUDA devices can be used. Asks the driver, which `import lola` does not."""
     return cuda_unavailable_reason() is None
 
 

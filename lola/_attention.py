@@ -36,9 +36,11 @@ def attention(
     """LoLA attention (arXiv 2505.23666, Eq. 10 and 12-14) over what the cache holds and the tokens of this call.
 
     The tokens are appended to the cache, in prefill and in decoding alike: any way of cutting a sequence into calls gives
-    the same memory. Arrays are NumPy's, torch's on the CPU, or anything that speaks DLPack; float32, float16 or bfloat16.
-    They are read in place: any strides will do as long as the last axis is contiguous. A call that raises leaves the cache
-    as it was.
+    the same memory. Arrays are NumPy's, torch's, or anything that speaks DLPack; float32, float16 or bfloat16. They are read
+    in place: any strides will do as long as the last axis is contiguous. A call that raises leaves the cache as it was.
+
+    It runs where the cache and the arrays lie, on a CUDA device without waiting for it; only NumPy arrays are copied to a
+    device and back. All on a device can be recorded in a CUDA graph and replayed, once an eager call has been made.
 
     Args:
         q: Queries (B, T, Hq, D), after the position embedding.
@@ -53,9 +55,11 @@ def attention(
         starts, stops: (B,) integers: only tokens starts[b] <= t < stops[b] enter row b; outputs elsewhere are zero.
         cu_seqlens: (N + 1,) integers: q, k and v hold one packed row, whose tokens cu_seqlens[i] to cu_seqlens[i + 1] enter
             row i of the cache.
-        device: None or "cpu".
-        stream: None on the CPU.
-        check: Whether non-finite values, and negative features, raise. Default on the CPU: True.
+        device: None: where the cache or q lies. "cuda" or "cuda:1": also for NumPy arrays without a cache.
+        stream: On a device the CUDA stream to run on, an object or an address, on which the result is ready; None: the
+            current stream of the library that q is from.
+        check: Whether non-finite values, and negative features, raise. Default: True on the CPU; False on a device, where
+            True waits for it and also checks starts, stops, cu_seqlens and gate that lie there.
         out: An array (B, T, Hq, Dv) of q's dtype to write the result to; it must overlap no input.
 
     Returns:
@@ -66,7 +70,7 @@ def attention(
         ValueError: A wrong shape, value or combination, a tensor that requires grad, or what differs from the cache's
             first call: mixing, feature map, gate, or q's dtype (a TypeError).
         MemoryError: Too little memory.
-        RuntimeError: An array or device that this build has no code for.
+        RuntimeError: A device that cannot be used, or a fault of it, after which the cache is unusable.
 
     >>> import numpy as np, lola
     >>> rng = np.random.default_rng(0)

@@ -53,12 +53,16 @@ class Cache(_lola.Cache):
         value_dim: Size of values, Dv; default: `head_dim`.
         feature_dim: Size of the features, F; `feature_map.feature_dim(head_dim)` says it.
         dtype: Of keys and values: "float32", "float16" or "bfloat16", or a dtype of NumPy, torch or ml_dtypes.
-        device: "cpu".
+        device: "cpu", "cuda" (the current device), "cuda:1" and so on, or a torch.device.
+
+    On a device, calls and operations are queued in the order of the caller's current stream, and one on another stream waits
+    for the last; looking at positions and scores waits for the device. After a fault of the device the cache is unusable:
+    whatever uses it raises RuntimeError.
 
     Raises:
         TypeError, ValueError: An argument of a wrong kind or value.
         MemoryError: It does not fit.
-        RuntimeError: device="cuda", which this build does not have.
+        RuntimeError: A device that cannot be used; the text says why.
 
     >>> cache = Cache(Config(window=64, chunk=64, sparse=256), heads=4, kv_heads=2, head_dim=64, feature_dim=128)
     >>> cache.tokens_seen, cache.hidden.shape, sum(cache.memory().values()) == cache.nbytes
@@ -80,7 +84,6 @@ class Cache(_lola.Cache):
     ) -> Cache:
         if not isinstance(config, Config):
             raise TypeError(f"config must be a lola.Config, got {type(config).__name__}")
-        _lola.expect_cpu(device)
         return super().__new__(
             cls,
             config,
@@ -91,12 +94,8 @@ class Cache(_lola.Cache):
             head_dim if value_dim is None else value_dim,
             feature_dim,
             _dtype_name(dtype),
+            device,
         )
-
-    @property
-    def device(self) -> str:
-        """Where the memory lies: "cpu"."""
-        return "cpu"
 
     # --- what it holds ------------------------------------------------------------------------
 
@@ -116,7 +115,11 @@ class Cache(_lola.Cache):
         return np.arange(*self._window(row), dtype=np.int64)
 
     def sync(self) -> None:
-        """Nothing to do on the CPU: its counters are read where they are."""
+        """Waits for the last use on the current stream, replays of graphs too; RuntimeError if it failed. On the CPU: nothing.
+
+        `tokens_seen` is counted by eager calls and waits for nothing, but is read from the device once a graph was recorded.
+        """
+        self._sync()
 
     # --- rows ---------------------------------------------------------------------------------
 
@@ -151,9 +154,8 @@ class Cache(_lola.Cache):
         self._crop(n)
 
     def to(self, device: Any) -> Cache:
-        """The cache on this device: itself on "cpu"; RuntimeError on "cuda", which this build does not have."""
-        _lola.expect_cpu(device)
-        return self
+        """The cache on this device: itself if it lies there, else a new one of the same contents, which continues."""
+        return self._to(device)
 
     @staticmethod
     def _rows(rows: Any) -> Any:
@@ -182,19 +184,23 @@ class Cache(_lola.Cache):
                 raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Cache:
+    def load(cls, path: str | os.PathLike[str], device: Any = "cpu") -> Cache:
         """Reads a file of `save`. Continuing from it equals continuing from the original, given the same feature map.
+
+        A file does not say where its cache lay; `device` says where the new one lies.
 
         Raises:
             OSError: The file cannot be read.
             ValueError: It is damaged, truncated, of a newer version or no such file; the text says which.
+            RuntimeError: A device that cannot be used.
         """
         path = os.fspath(path)
+        device = _lola.device(device)
         with open(path, "rb") as file:
-            return cls._from_bytes(file.read(), str(path))
+            return cls._from_bytes(file.read(), str(path)).to(device)
 
     def _to_bytes(self) -> bytes:
-        cache = self.copy()
+        cache = self.copy() if self.device == "cpu" else self.to("cpu")
         terms: list[Any] | None = None
         if cache._terms is not None:
             mixing, query_dtype, source, feature_map, fingerprint, gate = cache._terms
@@ -247,7 +253,7 @@ class Cache(_lola.Cache):
             data = data[buffer.nbytes :]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_pickle, (type(self), self._to_bytes())
+        return _from_pickle, (type(self), self._to_bytes(), self.device)
 
     def __copy__(self) -> Cache:
         return self.copy()
@@ -256,8 +262,11 @@ class Cache(_lola.Cache):
         return self.copy()
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHAPE)
-        seen = self.tokens_seen.tolist()
+        sizes = ", ".join(f"{name}={getattr(self, name)!r}" for name in (*_SHAPE, *(["device"] if self.device != "cpu" else [])))
+        try:
+            seen = self.tokens_seen.tolist()
+        except RuntimeError as error:
+            return f"<lola.Cache {sizes}, {error}>"
         tokens = f"{seen}" if len(seen) <= 8 else f"[{', '.join(map(str, seen[:8]))}, ...]"
         return f"<lola.Cache {sizes}, tokens_seen={tokens}, nbytes={self.nbytes}, {self.config}>"
 
@@ -267,5 +276,5 @@ def _little_endian(array: np.ndarray[Any, Any]) -> bytes:
     return numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def _from_pickle(cls: type[Cache], data: bytes) -> Cache:
-    return cls._from_bytes(data, "the pickle")
+def _from_pickle(cls: type[Cache], data: bytes, device: str = "cpu") -> Cache:
+    return cls._from_bytes(data, "the pickle").to(device)

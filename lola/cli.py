@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--score", default="self_recall", metavar="NAME", help="self_recall, value_norm, key_norm, recency or random (default: %(default)s)")
     how.add_argument("--sparse-per", default="query_head", metavar="WHAT", help="query_head or kv_head (default: %(default)s)")
     where = ev.add_argument_group("where and how")
-    where.add_argument("--device", default="cpu", metavar="NAME", help="where attention runs (default: %(default)s)")
+    where.add_argument("--device", default="cpu", metavar="NAME", help="where LoLA runs: cpu, cuda, cuda:1 .. (default: %(default)s)")
     where.add_argument("--threads", type=int, metavar="N", help="samples side by side (default: all processors)")
     where.add_argument("--dtype", default="float16", metavar="NAME", help="cached keys and values: float16 or float32 (default: %(default)s)")
     where.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`). Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"lola {options.command}: error: {error}", file=sys.stderr)
         return 2
 

@@ -7,9 +7,10 @@
     attend     a softmax over exact pairs and the state (Eq. 14)
 
 Symbols: B rows, T queries, S pairs, Hq query heads, Hs heads of the pairs (Hq a multiple of Hs), D, Dv and F sizes of
-keys, values and features. Arrays are NumPy's, torch's on the CPU, or anything that speaks DLPack, and so is the result;
-x, q, k and v are float32, float16 or bfloat16, all else float32. TypeError for a wrong kind of object or dtype,
-ValueError for a wrong shape or value.
+keys, values and features. Arrays are NumPy's, torch's, or anything that speaks DLPack, and so is the result; x, q, k and v
+are float32, float16 or bfloat16, all else float32. A step runs where its arrays lie: on the CPU, or on a CUDA device on the
+caller's current stream; NumPy arrays with `device="cuda"` are copied there and back. TypeError for a wrong kind of object or
+dtype, ValueError for a wrong shape or value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["attend", "features", "fold", "score", "select"]
 Array = TypeVar("Array")
 
 
-def features(x: Array, feature_map: FeatureMap, side: str, heads: int) -> Array:
+def features(x: Array, feature_map: FeatureMap, side: str, heads: int, *, device: Any = None) -> Array:
     """phi(x) for each query head: x (B, T, Hx, D) -> (B, T, heads, F) float32.
 
     `side` is "q" or "k" and picks the map's weights; head h reads x's head h // (heads / Hx). Features of 16-bit x are
@@ -35,10 +36,10 @@ def features(x: Array, feature_map: FeatureMap, side: str, heads: int) -> Array:
     >>> features(x, lola.EluPlusOne(), "q", heads=1).round(3).tolist()
     [[[[0.36800000071525574, 1.0, 3.0]]]]
     """
-    return _lola.features(x, feature_map, side, heads)  # type: ignore[no-any-return]
+    return _lola.features(x, feature_map, side, heads, device)  # type: ignore[no-any-return]
 
 
-def score(fk: Array, v: Any, H: Any, s: Any) -> Array:
+def score(fk: Array, v: Any, H: Any, s: Any, *, device: Any = None) -> Array:
     """The self-recall error (Eq. 10), how badly the state returns a pair's own value: || fk H / (fk s) - v ||^2.
 
     fk (B, S, Hq, F), v (B, S, Hs, Dv), H (B, Hq, F, Dv), s (B, Hq, F) -> (B, S, Hq) float32; ||v||^2 where fk s = 0.
@@ -48,10 +49,10 @@ def score(fk: Array, v: Any, H: Any, s: Any) -> Array:
     >>> score(one, 3 * one, 5 * one, one[0]).item(), score(one, 3 * one, 0 * one, 0 * one[0]).item()
     (4.0, 9.0)
     """
-    return _lola.score(fk, v, H, s)  # type: ignore[no-any-return]
+    return _lola.score(fk, v, H, s, device)  # type: ignore[no-any-return]
 
 
-def select(scores: Array, keep: int, count: Any = None) -> tuple[Array, Array]:
+def select(scores: Array, keep: int, count: Any = None, *, device: Any = None) -> tuple[Array, Array]:
     """The `keep` highest scores of each head (Eq. 12): a tie keeps the earlier pair; +0 and -0 are equal.
 
     scores (B, S, Hs); `count` (B, Hs) integers: only that many leading pairs are valid, default all. Returns int64 indices
@@ -62,10 +63,10 @@ def select(scores: Array, keep: int, count: Any = None) -> tuple[Array, Array]:
     >>> kept.tolist(), dropped.tolist()
     ([[[1, 2]]], [[[0, 3]]])
     """
-    return _lola.select(scores, keep, count)  # type: ignore[no-any-return]
+    return _lola.select(scores, keep, count, device)  # type: ignore[no-any-return]
 
 
-def fold(fk: Any, v: Any, H: Any, s: Any, count: Any = None) -> None:
+def fold(fk: Any, v: Any, H: Any, s: Any, count: Any = None, *, device: Any = None) -> None:
     """Adds pairs to a state in place (Eq. 13): H += fk v^T, s += fk, over the first `count` (B, Hs) pairs, default all.
 
     fk (B, S, Hq, F), v (B, S, Hs, Dv); H (B, Hq, F, Dv) and s (B, Hq, F) dense, writable and float32.
@@ -76,7 +77,7 @@ def fold(fk: Any, v: Any, H: Any, s: Any, count: Any = None) -> None:
     >>> H.item(), s.item()
     (6.0, 2.0)
     """
-    _lola.fold(fk, v, H, s, count)
+    _lola.fold(fk, v, H, s, count, device)
 
 
 def attend(
@@ -91,6 +92,8 @@ def attend(
     scale: float | None = None,
     causal: bool = False,
     count: Any = None,
+    *,
+    device: Any = None,
 ) -> Array:
     """Attention over S exact pairs and, where fq, H and s are given, a state (Eq. 14), in one softmax.
 
@@ -103,4 +106,4 @@ def attend(
     >>> bool(np.allclose(attend(q, k, v, causal=True)[:, 0], v[:, 0]))
     True
     """
-    return _lola.attend(q, k, v, fq, H, s, gate, mixing, scale, causal, count)  # type: ignore[no-any-return]
+    return _lola.attend(q, k, v, fq, H, s, gate, mixing, scale, causal, count, device)  # type: ignore[no-any-return]

@@ -3,11 +3,15 @@
 A `Case` names sizes and settings, `build` draws its data, `record` runs `lola` chunk by chunk and notes what each
 sparse cache held, `replay` follows these rankings through the float64 oracle, and `bound` is section 8 of the
 contract: max |difference| in units of the reference's RMS.  This module needs no compiled code to import.
+
+`place` is where lola runs and what arrays it is given: the CPU and NumPy's, unless tests/cuda says otherwise. `run`,
+`kernels` and `host` hide it from the tests, which see NumPy arrays on every backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import pathlib
@@ -148,6 +152,46 @@ def store(arrays, dtype):
 
 # ------------------------------------------------------------------------------------------------------ running
 
+class Cpu:
+    """lola on the CPU, with NumPy arrays."""
+
+    device = "cpu"
+
+    def give(self, x):
+        """A NumPy array as lola is to be given it."""
+        return x
+
+    def take(self, x):
+        """An array of lola's as NumPy array."""
+        return np.asarray(x)
+
+    def attention(self, q, k, v, **more):
+        import lola
+        return lola.attention(q, k, v, **more)
+
+    def step(self, name, *arguments, **more):
+        import lola
+        return getattr(lola.kernels, name)(*arguments, **more)
+
+
+CPU = place = Cpu()
+
+
+def host(x):
+    """x as NumPy array, wherever it lies."""
+    return x if isinstance(x, np.ndarray) else place.take(x)
+
+
+class _Kernels:
+    """lola.kernels, with NumPy arrays in and out."""
+
+    def __getattr__(self, name):
+        return functools.partial(place.step, name)
+
+
+kernels = _Kernels()
+
+
 def lola_map(data):
     import lola
     if data.case.map == "given":
@@ -164,7 +208,13 @@ def oracle_map(data):
 def new_cache(data, batch=None):
     import lola
     case = data.case
-    return lola.Cache(lola.Config(**case.config), batch=case.B if batch is None else batch, **case.sizes)
+    return lola.Cache(lola.Config(**case.config), batch=case.B if batch is None else batch, device=place.device,
+                      **case.sizes)
+
+
+def load(path):
+    import lola
+    return lola.Cache.load(path).to(place.device)
 
 
 def options(data):
@@ -178,11 +228,12 @@ def options(data):
 
 
 def run(data, cache, lo=0, hi=None, **more):
-    """lola.attention over tokens lo .. hi."""
-    import lola
+    """lola.attention over tokens lo .. hi, where the cache is."""
     part = data.at(t=slice(lo, hi))
-    q, k, v = (part.stored[n] for n in "qkv")
-    return lola.attention(q, k, v, cache=cache, **options(part), **more)
+    where = CPU if cache.device == "cpu" else place
+    give = lambda x: where.give(x) if isinstance(x, np.ndarray) else x
+    given = {name: give(x) for name, x in {**{n: part.stored[n] for n in "qkv"}, **options(part)}.items()}
+    return where.take(where.attention(**given, cache=cache, **more))
 
 
 def run_pieces(data, cache, cuts):
@@ -202,11 +253,13 @@ class Record(NamedTuple):
         return self.held[row, set, chunk]
 
 
-def record(data):
-    """Run one call per chunk and note each sparse cache; by invariant 1 it is the history of every other cut too."""
+def record(data, before=lambda cache, chunk: cache):
+    """Run one call per chunk and note each sparse cache; by invariant 1 it is the history of every other cut too.
+    `before` each chunk may replace the cache."""
     case, cache, held = data.case, new_cache(data), {}
     outs = [run(data, cache, 0, 0)]
     for n, lo in enumerate(range(0, case.T, case.chunk)):
+        cache = before(cache, n)
         outs.append(run(data, cache, lo, lo + case.chunk))
         for b in range(case.B):
             for i in range(case.sets):
@@ -239,11 +292,10 @@ def oracle_cache(data, batch=None):
 
 def lola_features(data):
     """The features as lola computes them, float32."""
-    import lola
     if data.case.map == "given":
         return data.stored["q_features"], data.stored["k_features"]
     m = lola_map(data)
-    return tuple(np.asarray(lola.kernels.features(data.stored[x], m, x, data.case.Hq)) for x in "qk")
+    return tuple(np.asarray(kernels.features(data.stored[x], m, x, data.case.Hq)) for x in "qk")
 
 
 class Replay(NamedTuple):
@@ -316,8 +368,7 @@ def assert_close(got, exact, bound):
 def contents(cache, heads):
     """What a cache's properties say, as arrays."""
     rows = range(len(cache.tokens_seen))
-    said = dict(tokens_seen=np.array(cache.tokens_seen), hidden=np.array(cache.hidden),
-                normalizer=np.array(cache.normalizer), folded=np.array(cache.folded))
+    said = {name: np.array(host(getattr(cache, name))) for name in ("tokens_seen", "hidden", "normalizer", "folded")}
     for b in rows:
         said[f"window {b}"] = np.array(cache.window_positions(b))
         for h in range(heads):
@@ -344,7 +395,7 @@ def snapshot(cache):
     """Every byte of a cache."""
     parts = cache.buffers()
     parts = parts.items() if hasattr(parts, "items") else enumerate(parts)
-    return {name: np.array(x).tobytes() for name, x in parts}
+    return {name: host(x).tobytes() for name, x in parts}
 
 
 # ---------------------------------------------------------------------------------------------- closed formulas

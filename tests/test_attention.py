@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cases import cases, cuts
 from oracle import (DTYPES, MAPS, MIXINGS, SCORES, Case, assert_close, assert_same_bits, assert_same_memory, build,
-                    causal_softmax, error, float32_bound, lola_features, naive, new_cache, options, oracle, oracle_cache,
-                    reference, replay, rms, rounding_bound, run, run_pieces)
+                    causal_softmax, error, float32_bound, host, lola_features, naive, new_cache, options, oracle,
+                    oracle_cache, reference, replay, rms, rounding_bound, run, run_pieces)
 
 EXACT_SCORES = ("recency", "random", "external")                      # numbers that float32 holds exactly
 
@@ -97,7 +97,7 @@ def test_with_everything_cached_it_is_causal_softmax(isa, dtype, mixing, logit):
     cache = new_cache(data)
     assert_close(run(data, cache), exact, limit)
     assert_close(run_pieces(data, new_cache(data), range(70)), exact, limit)
-    assert not np.any(cache.folded) and not np.any(cache.hidden)
+    assert not np.any(host(cache.folded)) and not np.any(host(cache.hidden))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -136,10 +136,10 @@ def test_memories_partition_the_past_and_the_state_is_the_sum_of_the_rest(isa, d
             assert sparse == sorted(set(sparse)) and len(sparse) == min(case.sparse, begin)
             assert set(sparse) <= set(range(begin))
             folded = sorted(set(range(begin)) - set(sparse))
-            assert cache.folded[b, h] == len(folded)
+            assert host(cache.folded)[b, h] == len(folded)
             H[b, h], s[b, h] = fk[b, folded, h].T @ v[b, folded, h], fk[b, folded, h].sum(axis=0)
-    assert_close(np.asarray(cache.hidden), H, 2e-5)
-    assert_close(np.asarray(cache.normalizer), s, 2e-5)
+    assert_close(host(cache.hidden), H, 2e-5)
+    assert_close(host(cache.normalizer), s, 2e-5)
 
 
 # ----------------------------------------------------------------------------------- 5. independence
@@ -169,7 +169,7 @@ def test_rows_and_heads_are_independent(isa, dtype, draw):
     for b in range(case.B):
         for i, h in enumerate(heads):
             assert_same_bits(cache.sparse_positions(b, i), whole.sparse_positions(b, h))
-            assert_same_bits(cache.hidden[b, i], whole.hidden[b, h])
+            assert_same_bits(host(cache.hidden)[b, i], host(whole.hidden)[b, h])
 
     b, g = draw.draw(st.integers(0, case.B - 1)), draw.draw(st.integers(0, case.Hkv - 1))
     heads = list(range(g * r, (g + 1) * r))

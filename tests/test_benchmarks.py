@@ -130,6 +130,135 @@ def test_a_failed_check_prints_no_speed(monkeypatch, tmp_path):
     assert all("CHECK FAILED" in skipped["why"] for skipped in data["skipped"])
 
 
+# ---------------------------------------------------------------------------------------------- the sections of a GPU
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A plan of tiny sizes, and the CPU in the place of the GPU: eager calls for graphs, made-up ceilings."""
+    torch = pytest.importorskip("torch")
+    if not workload.has_dtype("bfloat16"):
+        pytest.skip("bfloat16 arrays take ml_dtypes")
+    import time
+
+    import gpu
+    import gpu_sections
+
+    class Stub(gpu.Gpu):
+        device, cache_bytes = "cpu", 1 << 14
+
+        def __init__(self):
+            self.properties, self.memo = None, {}
+
+        def describe(self):
+            device = dict(kind="cuda", name="a stub", capability="0.0", multiprocessors=1, memory_bytes=1 << 30, cache_bytes=1 << 14)
+            return {"device": device, "versions": {"lola": lola.__version__, "torch": torch.__version__}, "blas": []}
+
+        def timed(self, run):
+            begin = time.perf_counter()
+            value = run()
+            return time.perf_counter() - begin, value
+
+        def capture(self, run, warm=2):
+            [run() for _ in range(warm)]
+            return run
+
+        def replays(self, replay, count, before=lambda i: None):
+            return np.array([self.timed(lambda: (before(i), replay()))[0] for i in range(count)])
+
+        def kernel_seconds(self, run, times=3):
+            seconds = self.timed(run)[0]
+            return {"attend": seconds / 2, "scan": seconds / 3, "features": seconds / 6}
+
+        def softmax_backends(self):
+            return {"math": torch.nn.attention.SDPBackend.MATH}
+
+        copy_bandwidth, gemm_flops = (lambda self: 1e10), (lambda self: 1e11)
+        settle = free = lambda self: None
+
+        def pinned_copy_seconds(self, to_device, to_host):
+            return lambda: 1e-3
+
+    small = SMALL.but(dtype="bfloat16")
+    plan = dataclasses.replace(
+        gpu_sections.QUICK, repeats=3, budget=0.01, layer=small, batches=(1, 3), contexts=(64, 128), least=2, prefill=(128, 256),
+        crossover=(64, 128), phases=128, judged=256, stack=(2, 128, 32, 48), sparse=(8, 24), update_tokens=128, numpy_tokens=128,
+        plain_tokens=(128,), host_calls=3)
+    monkeypatch.setattr(gpu_sections, "QUICK", plan)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(benchmark, "backend_of", lambda options: Stub())
+    return gpu_sections
+
+
+def test_every_section_of_a_gpu_runs(stub, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    every = ",".join(stub.SECTIONS)
+    assert benchmark.main(["--device", "cuda", "--quick", "--only", every, "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    assert data["passed"] and not data["skipped"] and all(check["passed"] for check in data["checks"])
+    assert {figure["section"] for figure in data["figures"]} == set(stub.SECTIONS)
+    assert {goal["name"] for goal in data["goals"]} >= {"G3", "G5", "G6", "G7", "G8", "NumPy"}
+    assert [goal["figure"] for goal in data["goals"] if goal["name"] == "G7"] == [100, 100]
+    assert {curve["name"] for curve in data["curves"]} == {"prefill", "update"}
+    assert benchmark.main(["--show", str(file)]) == 0
+    assert "a stub, 1 multiprocessors" in capsys.readouterr().out
+
+
+def test_a_failed_check_prints_no_speed_of_a_gpu(stub, monkeypatch, tmp_path):
+    right = lola.attention
+
+    def wrong(*arguments, **more):
+        out = right(*arguments, **more)
+        out *= 1.2
+        return out
+
+    monkeypatch.setattr(lola, "attention", wrong)
+    file = tmp_path / "figures.json"
+    every = ",".join(name for name in stub.SECTIONS if name != "rankings")
+    assert benchmark.main(["--device", "cuda", "--quick", "--only", every, "--json", str(file)]) == 1
+    data = json.loads(file.read_text())
+    assert not data["passed"] and not data["figures"] and not data["goals"]
+    assert all("CHECK FAILED" in skipped["why"] for skipped in data["skipped"])
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_rankings_are_judged_by_the_oracles_rule(stub, per, monkeypatch):
+    """All of them hold; and a cache that keeps the wrong pairs is found out."""
+    import gpu_work
+
+    g = SMALL.but(dtype="bfloat16", sparse_per=per)
+    layer, data = workload.new_layer(g), gpu_work.Draw.new(g, 200, "cpu")
+    count, wrong, worst = gpu_work.judge_rankings(layer, data, layer.new_cache())
+    begin = (199 // 8) * 8 - g.window
+    assert count == g.sets * (begin // 8 - 3) and wrong == 0 and worst >= -1e-5
+    other = workload.new_layer(g.but(score="value_norm"))
+    assert gpu_work.judge_rankings(other, data, other.new_cache())[1] > 0
+
+
+def test_decode_bytes_of_a_batch(stub):
+    import gpu_work
+
+    g = stub.FULL.layer
+    weights = g.heads * g.head_dim * g.feature_dim
+    at = 32 * 1024 + 31                                       # in the middle of a chunk
+    row = 4096 * (g.window + 32) + 4096 * g.sparse + 32 * (128 * 128 + 128) * 4
+    assert gpu_work.decode_bytes(g, at, 16) == 16 * row + weights
+    each = g.but(sparse_per="query_head")
+    assert gpu_work.decode_bytes(each, at, 1) - gpu_work.decode_bytes(g, at, 1) == 3 * 4096 * g.sparse
+
+
+def test_the_crossover_lies_between_lengths(stub):
+    assert stub.crossover({1000: 0.5, 2000: 0.9, 4000: 1.2}) == pytest.approx(2000 * 2 ** (np.log(1 / 0.9) / np.log(1.2 / 0.9)))
+    assert stub.crossover({1000: 2.0, 2000: 0.5, 4000: 0.9}) == np.inf and stub.crossover({1000: 1.5, 2000: 3}) == 1000
+
+
+def test_without_a_gpu_the_reason_is_said(capsys):
+    pytest.importorskip("torch")
+    if lola.cuda_available():
+        pytest.skip("there is a GPU")
+    assert benchmark.main(["--device", "cuda", "--quick"]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong", [["--only", "prefil"], ["--threads", "0"], ["--repeats", "2"], ["--device", "tpu"]])
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):

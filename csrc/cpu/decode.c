@@ -14,11 +14,16 @@ void lola_decode_scratch_take(lola_scratch *scratch, lola_decode_scratch *pieces
   lola_scan_scratch_take(scratch, &pieces->scan, cache, map);
   pieces->q = lola_scratch_take(scratch, r * D, sizeof(float));
   pieces->s = lola_scratch_take(scratch, r * KEYS, sizeof(float));
-  pieces->v = lola_scratch_take(scratch, cache->shape.dtype == LOLA_FLOAT32 ? 0 : KEYS * Dv, sizeof(float));
   pieces->o = lola_scratch_take(scratch, r * Dv, sizeof(float));
   pieces->m = lola_scratch_take(scratch, r, sizeof(float));
   pieces->l = lola_scratch_take(scratch, r, sizeof(float));
   pieces->x = lola_scratch_take(scratch, Dv, sizeof(float));
+}
+
+/* Asks for the beginning of what is read later; the kernels ask for the rest as they go. */
+static void ask_for(const void *from, int64_t bytes) {
+  enum { START = 4096 };
+  for (int64_t at = 0; at < bytes && at < START; at += 64) __builtin_prefetch((const char *)from + at, 0, 2);
 }
 
 /* Softmax terms of `count` pairs that lie one after the other, for heads first .. first+heads-1 of the group. */
@@ -37,12 +42,26 @@ static void attend_run(const lola_segment *segment, const lola_decode_scratch *s
       float alpha = kernels->softmax_row(n, scratch->s + h * KEYS, scratch->m + first + h, scratch->l + first + h);
       kernels->scale_rows(1, Dv, o + h * Dv, Dv, &alpha);
     }
-    if (shape->dtype != LOLA_FLOAT32) { /* the block is one row of n Dv elements */
-      kernels->load_rows(scratch->v, n * Dv, &values, shape->dtype, 1, n * Dv, 1);
-      values = scratch->v;
-    }
-    kernels->gemm(heads, Dv, n, scratch->s, KEYS, 1, values, Dv, o, Dv, 1);
+    kernels->add_values(heads, n, Dv, scratch->s, KEYS, values, shape->dtype, Dv, o, Dv);
   }
+}
+
+/* What the token reads after the window's keys, which begin at `slot`. */
+static void ask_for_starts(const lola_segment *segment, const lola_span *span, int64_t kv_head, int64_t slot) {
+  const lola_cache *cache = segment->cache;
+  const lola_shape *shape = &cache->shape;
+  const lola_feature_map *map = &segment->call->map;
+  int64_t D = shape->head_dim, Dv = shape->value_dim, F = shape->feature_dim, L = cache->config.sparse, R = cache->ring;
+  int64_t size = lola_item_size(shape->dtype), head = kv_head * (shape->heads / shape->kv_heads);
+  int64_t ring = span->row * shape->kv_heads + kv_head, state = span->row * shape->heads + head;
+  int64_t group = span->row * cache->sets + kv_head * (cache->sets / shape->kv_heads);
+  int64_t pairs = cache->sparse_count[group], columns = lola_map_columns(map, 0, F);
+  ask_for((const char *)cache->window_values + (ring * R + slot) * Dv * size, (R - slot) * Dv * size);
+  ask_for((const char *)cache->sparse_keys + group * L * D * size, pairs * D * size);
+  ask_for((const char *)cache->sparse_values + group * L * Dv * size, pairs * Dv * size);
+  if (!cache->folded[state] || segment->call->mixing == LOLA_MIXING_CACHE_ONLY) return;
+  if (columns && !cache->stores_features) ask_for(map->w_q + head * D * columns, D * columns * 4);
+  ask_for(cache->hidden + state * F * Dv, F * Dv * 4);
 }
 
 void lola_decode_token(const lola_segment *segment, const lola_span *span, int64_t kv_head,
@@ -60,6 +79,7 @@ void lola_decode_token(const lola_segment *segment, const lola_span *span, int64
     lola_commit_sparse(segment, span, set);
   }
   lola_commit_window(segment, span, kv_head);
+  ask_for_starts(segment, span, kv_head, lola_window_first(&cache->config, chunk) % R);
 
   for (int64_t h = 0; h < r; h++) {
     const void *q = lola_at(&call->q, span->array_b, span->array_t, kv_head * r + h);

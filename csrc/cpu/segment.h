@@ -86,7 +86,7 @@ static inline int64_t lola_set_kv_head(const lola_cache *cache, int64_t set) {
 /* All rows' single tokens (counts 0 or 1). Widths and scratch are the caller's. */
 typedef struct lola_decode_scratch {
   lola_scan_scratch scan;
-  float *q, *s, *v, *o, *m, *l, *x;
+  float *q, *s, *o, *m, *l, *x;
 } lola_decode_scratch;
 void lola_decode_scratch_take(lola_scratch *scratch, lola_decode_scratch *pieces, const lola_cache *cache,
                               const lola_feature_map *map);

@@ -1,41 +1,12 @@
-/* Plain arguments: numbers, names, the device, the configuration, the gate. */
+/* Plain arguments: numbers, names, the configuration, the gate. */
 #include "binding.h"
 
 #include <math.h>
 #include <string.h>
 
-const char cuda_unavailable_reason[] = "this build of lola has no CUDA part";
-
 int expect_argument_count(const char *function, Py_ssize_t given, Py_ssize_t wanted) {
   if (given == wanted) return 0;
   PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", function, wanted, given);
-  return -1;
-}
-
-/* The type of a device: a string's own, or what torch.device and its like call .type; a new reference. */
-static PyObject *device_type(PyObject *device) {
-  if (PyUnicode_Check(device)) return Py_NewRef(device);
-  PyObject *type = PyObject_GetAttrString(device, "type");
-  if (type && PyUnicode_Check(type)) return type;
-  Py_XDECREF(type);
-  PyErr_Format(PyExc_TypeError, "device must be None, 'cpu' or 'cuda', got %.100s", Py_TYPE(device)->tp_name);
-  return NULL;
-}
-
-int expect_cpu(PyObject *device, PyObject *stream) {
-  if (device != Py_None) {
-    PyObject *type = device_type(device);
-    const char *name = type ? PyUnicode_AsUTF8(type) : NULL;
-    int cpu = name && !strcmp(name, "cpu");
-    if (name && !strncmp(name, "cuda", 4))
-      PyErr_Format(PyExc_RuntimeError, "device '%s' is not available: %s", name, cuda_unavailable_reason);
-    else if (name && !cpu)
-      PyErr_Format(PyExc_ValueError, "device must be None, 'cpu' or 'cuda', got %R", device);
-    Py_XDECREF(type);
-    if (!cpu) return -1;
-  }
-  if (stream == Py_None) return 0;
-  PyErr_Format(PyExc_ValueError, "stream must be None on the CPU, got %R", stream);
   return -1;
 }
 
@@ -154,10 +125,9 @@ int config_from(PyObject *object, lola_config *config, int *mixing, double *scal
   return failed ? -1 : 0;
 }
 
-PyArrayObject *gate_from(binding_state *state, PyObject *object, int64_t heads) {
-  PyArrayObject *gate = floats_from(state, object, "gate", "(Hq,)", 1, &heads);
-  if (!gate) return NULL;
-  const float *values = PyArray_DATA(gate);
+int mixing_reads_gate(lola_mixing mixing) { return mixing == LOLA_MIXING_GATED || mixing == LOLA_MIXING_LOLCATS; }
+
+int gate_expect(const float *values, int64_t heads) {
   for (int64_t h = 0; h < heads; h++) {
     if (values[h] > 0 && values[h] < 1) continue;
     PyObject *value = PyFloat_FromDouble(values[h]);
@@ -166,8 +136,13 @@ PyArrayObject *gate_from(binding_state *state, PyObject *object, int64_t heads) 
                    "gate must lie between 0 and 1, both excluded and in float32, got %R for head %lld", value,
                    (long long)h);
     Py_XDECREF(value);
-    Py_DECREF(gate);
-    return NULL;
+    return -1;
   }
+  return 0;
+}
+
+PyArrayObject *gate_from(binding_state *state, PyObject *object, int64_t heads) {
+  PyArrayObject *gate = floats_from(state, object, "gate", "(Hq,)", 1, &heads);
+  if (gate && gate_expect(PyArray_DATA(gate), heads)) Py_CLEAR(gate);
   return gate;
 }

@@ -1,225 +1,8 @@
-/* Callers' arrays: NumPy's own, and through DLPack torch's and everybody else's, read without a copy. */
-#include "binding.h"
+/* Callers' arrays once they are open: checks, conversions, and new ones of their libraries for results. */
+#include "device.h"
 
 #include <stdio.h>
 #include <string.h>
-
-/* --- opening -------------------------------------------------------------------------------- */
-
-static const char *const element_names[] = {"float32", "float16", "bfloat16", "float64"};
-
-const char *dtype_name(lola_dtype dtype) { return element_names[dtype]; }
-
-int dtype_from_name(const char *name, lola_dtype *dtype) {
-  for (int i = LOLA_FLOAT32; i <= LOLA_BFLOAT16; i++)
-    if (!strcmp(name, element_names[i])) {
-      *dtype = (lola_dtype)i;
-      return 0;
-    }
-  PyErr_Format(PyExc_ValueError, "dtype must be 'float32', 'float16' or 'bfloat16', got '%s'", name);
-  return -1;
-}
-
-static void set_element(view *array, element element, int type_num) {
-  array->element = element;
-  array->type_num = type_num;
-  if (element < ELEMENT_INT) memcpy(array->dtype, element_names[element], strlen(element_names[element]) + 1);
-}
-
-static int too_many_axes(const view *array, int ndim) {
-  PyErr_Format(PyExc_ValueError, "%s has %d axes, more than any argument takes", array->name, ndim);
-  return -1;
-}
-
-static int open_numpy(PyArrayObject *source, view *array) {
-  PyArray_Descr *descr = PyArray_DESCR(source);
-  int type_num = descr->type_num, ndim = PyArray_NDIM(source);
-  if (ndim > MAX_NDIM) return too_many_axes(array, ndim);
-  /* ml_dtypes registers bfloat16 under a number that is known at run time only. */
-  const char *dot = type_num >= NPY_USERDEF ? strrchr(descr->typeobj->tp_name, '.') : NULL;
-  if (!PyArray_ISNOTSWAPPED(source))
-    set_element(array, ELEMENT_OTHER, NPY_NOTYPE);
-  else if (type_num == NPY_FLOAT)
-    set_element(array, ELEMENT_FLOAT32, NPY_FLOAT);
-  else if (type_num == NPY_HALF)
-    set_element(array, ELEMENT_FLOAT16, NPY_HALF);
-  else if (type_num == NPY_DOUBLE)
-    set_element(array, ELEMENT_FLOAT64, NPY_DOUBLE);
-  else if (dot && !strcmp(dot + 1, "bfloat16") && PyArray_ITEMSIZE(source) == 2)
-    set_element(array, ELEMENT_BFLOAT16, NPY_UINT16);
-  else
-    set_element(array, PyTypeNum_ISINTEGER(type_num) ? ELEMENT_INT : ELEMENT_OTHER, type_num);
-  if (array->element >= ELEMENT_INT) {
-    PyObject *text = PyObject_Str((PyObject *)descr);
-    const char *name = text ? PyUnicode_AsUTF8(text) : NULL;
-    if (name) snprintf(array->dtype, sizeof array->dtype, "%s", name);
-    Py_XDECREF(text);
-    if (!name) return -1;
-  }
-  array->item_size = (int)PyArray_ITEMSIZE(source);
-  array->read_only = !PyArray_ISWRITEABLE(source);
-  array->data = PyArray_BYTES(source);
-  array->ndim = ndim;
-  for (int i = 0; i < ndim; i++) {
-    array->shape[i] = PyArray_DIM(source, i);
-    array->strides[i] = PyArray_STRIDE(source, i);
-  }
-  return 0;
-}
-
-static int integer_type_num(int is_signed, int bits) {
-  switch (bits) {
-  case 8:
-    return is_signed ? NPY_INT8 : NPY_UINT8;
-  case 16:
-    return is_signed ? NPY_INT16 : NPY_UINT16;
-  case 32:
-    return is_signed ? NPY_INT32 : NPY_UINT32;
-  case 64:
-    return is_signed ? NPY_INT64 : NPY_UINT64;
-  default:
-    return NPY_NOTYPE;
-  }
-}
-
-static int open_tensor(const dl_tensor *source, view *array) {
-  if (source->device.type == DL_CUDA) {
-    PyErr_Format(PyExc_RuntimeError, "%s lies on a CUDA device, but %s; pass %s.cpu()", array->name,
-                 cuda_unavailable_reason, array->name);
-    return -1;
-  }
-  if (source->device.type != DL_CPU && source->device.type != DL_CUDA_HOST) {
-    PyErr_Format(PyExc_ValueError, "%s must lie in CPU memory, got DLPack device type %d", array->name,
-                 (int)source->device.type);
-    return -1;
-  }
-  if (source->ndim > MAX_NDIM) return too_many_axes(array, source->ndim);
-  int code = source->dtype.code, bits = source->dtype.bits, plain = source->dtype.lanes == 1;
-  if (plain && code == DL_FLOAT && bits == 32)
-    set_element(array, ELEMENT_FLOAT32, NPY_FLOAT);
-  else if (plain && code == DL_FLOAT && bits == 16)
-    set_element(array, ELEMENT_FLOAT16, NPY_HALF);
-  else if (plain && code == DL_FLOAT && bits == 64)
-    set_element(array, ELEMENT_FLOAT64, NPY_DOUBLE);
-  else if (plain && code == DL_BFLOAT && bits == 16)
-    set_element(array, ELEMENT_BFLOAT16, NPY_UINT16);
-  else {
-    int integer = plain && (code == DL_INT || code == DL_UINT);
-    int type_num = integer ? integer_type_num(code == DL_INT, bits) : NPY_NOTYPE;
-    set_element(array, type_num == NPY_NOTYPE ? ELEMENT_OTHER : ELEMENT_INT, type_num);
-    if (integer)
-      snprintf(array->dtype, sizeof array->dtype, "%s%d", code == DL_INT ? "int" : "uint", bits);
-    else
-      snprintf(array->dtype, sizeof array->dtype, "%s", code == DL_BOOL ? "bool" : "an unknown dtype");
-  }
-  array->item_size = bits / 8 ? bits / 8 : 1;
-  array->data = source->data ? (char *)source->data + source->byte_offset : NULL;
-  array->ndim = source->ndim;
-  int64_t dense = array->item_size;
-  for (int i = source->ndim; i-- > 0;) {
-    array->shape[i] = source->shape[i];
-    array->strides[i] = source->strides ? source->strides[i] * array->item_size : dense;
-    dense *= source->shape[i];
-  }
-  return 0;
-}
-
-/* 1 with *value set, 0 where there is no such attribute, -1 with an exception. */
-static int find_attribute(PyObject *object, PyObject *name, PyObject **value) {
-  *value = PyObject_GetAttr(object, name);
-  if (*value) return 1;
-  if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
-  PyErr_Clear();
-  return 0;
-}
-
-static int refuse_gradient(binding_state *state, view *array) {
-  PyObject *flag;
-  int found = find_attribute(array->object, state->names[NAME_REQUIRES_GRAD], &flag);
-  if (found <= 0) return found;
-  int needed = PyObject_IsTrue(flag);
-  Py_DECREF(flag);
-  if (needed > 0)
-    PyErr_Format(
-        PyExc_ValueError,
-        "%s requires grad, and lola.attention has no gradient: compute it under torch.no_grad() or pass %s.detach()",
-        array->name, array->name);
-  return needed ? -1 : 0;
-}
-
-static int check_version(uint32_t major, const view *array) {
-  if (major == DL_MAJOR) return 0;
-  PyErr_Format(PyExc_ValueError, "%s comes through DLPack version %u, this build reads version %d", array->name,
-               (unsigned)major, DL_MAJOR);
-  return -1;
-}
-
-/* __dlpack__(), asking for the versioned struct; producers older than it do not know the keyword. */
-static PyObject *ask_capsule(binding_state *state, PyObject *method) {
-  PyObject *keyword = PyTuple_Pack(1, state->names[NAME_MAX_VERSION]);
-  if (!keyword) return NULL;
-  PyObject *capsule = PyObject_Vectorcall(method, &state->dlpack_version, 0, keyword);
-  Py_DECREF(keyword);
-  if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
-    PyErr_Clear();
-    capsule = PyObject_CallNoArgs(method);
-  }
-  return capsule;
-}
-
-static int open_dlpack(binding_state *state, view *array) {
-  if (refuse_gradient(state, array)) return -1;
-  PyObject *found;
-  int has = find_attribute((PyObject *)Py_TYPE(array->object), state->names[NAME_EXCHANGE], &found);
-  if (has < 0) return -1;
-  if (has) {
-    const dl_exchange *exchange = PyCapsule_GetPointer(found, "dlpack_exchange_api");
-    Py_DECREF(found); /* the table outlives its capsule */
-    if (!exchange) PyErr_Clear();
-    if (exchange && exchange->version.major == DL_MAJOR) {
-      if (exchange->from_object(array->object, &array->managed))
-        return raise_from_present(PyExc_ValueError, "%s could not be read through DLPack", array->name);
-      array->read_only = (array->managed->flags & DL_FLAG_READ_ONLY) != 0;
-      return open_tensor(&array->managed->tensor, array);
-    }
-  }
-  has = find_attribute(array->object, state->names[NAME_DLPACK], &found);
-  if (has < 0) return -1;
-  if (!has) {
-    PyErr_Format(PyExc_TypeError, "%s must be a NumPy array, a torch tensor or another DLPack array, got %.100s",
-                 array->name, Py_TYPE(array->object)->tp_name);
-    return -1;
-  }
-  array->capsule = ask_capsule(state, found);
-  Py_DECREF(found);
-  if (!array->capsule) return raise_from_present(PyExc_ValueError, "%s could not be read through DLPack", array->name);
-  /* The capsule stays unconsumed: its own destructor gives the memory back when the view is closed. */
-  if (PyCapsule_IsValid(array->capsule, "dltensor_versioned")) {
-    dl_managed_versioned *managed = PyCapsule_GetPointer(array->capsule, "dltensor_versioned");
-    if (check_version(managed->version.major, array)) return -1;
-    array->read_only = (managed->flags & DL_FLAG_READ_ONLY) != 0;
-    return open_tensor(&managed->tensor, array);
-  }
-  if (PyCapsule_IsValid(array->capsule, "dltensor")) {
-    dl_managed *managed = PyCapsule_GetPointer(array->capsule, "dltensor");
-    return open_tensor(&managed->tensor, array);
-  }
-  PyErr_Format(PyExc_TypeError, "%s.__dlpack__() must return a DLPack capsule", array->name);
-  return -1;
-}
-
-int view_open(binding_state *state, PyObject *object, const char *name, view *array) {
-  *array = (view){.name = name, .object = object};
-  int failed = PyArray_Check(object) ? open_numpy((PyArrayObject *)object, array) : open_dlpack(state, array);
-  if (failed) view_close(array);
-  return failed;
-}
-
-void view_close(view *array) {
-  if (array->managed && array->managed->deleter) array->managed->deleter(array->managed);
-  Py_XDECREF(array->capsule);
-  *array = (view){0};
-}
 
 /* --- checks --------------------------------------------------------------------------------- */
 
@@ -268,11 +51,24 @@ int view_expect_dtype(const view *array, lola_dtype dtype, const char *why) {
   return -1;
 }
 
-static int is_empty(const view *array) {
-  for (int i = 0; i < array->ndim; i++)
-    if (!array->shape[i]) return 1;
-  return 0;
+int64_t view_size(const view *array) {
+  int64_t size = 1;
+  for (int i = 0; i < array->ndim; i++) size *= array->shape[i];
+  return size;
 }
+
+int view_is_dense(const view *array) {
+  int64_t dense = array->item_size;
+  int same = (uintptr_t)array->data % (unsigned)array->item_size == 0;
+  for (int i = array->ndim; i-- > 0;) {
+    if (!array->shape[i]) return 1;
+    if (array->shape[i] > 1 && array->strides[i] != dense) same = 0;
+    dense *= array->shape[i];
+  }
+  return same;
+}
+
+static int is_empty(const view *array) { return view_size(array) == 0; }
 
 int view_to_array(const view *array, int scalars, lola_array *result) {
   static double nothing; /* an address for empty arrays: NULL means "not given" */
@@ -333,8 +129,7 @@ int view_expect_output(const view *array) {
   return 0;
 }
 
-/* First byte and the one after the last. */
-static void extent_of(const view *array, const char **low, const char **high) {
+void view_extent(const view *array, const char **low, const char **high) {
   *low = *high = array->data;
   if (is_empty(array)) return;
   *high += array->item_size;
@@ -361,8 +156,8 @@ static PyArrayObject *wrap_bytes(const view *array) { return wrap(array, integer
 int view_expect_apart(binding_state *state, const view *output, const view *input) {
   (void)state;
   const char *low, *high, *input_low, *input_high;
-  extent_of(output, &low, &high);
-  extent_of(input, &input_low, &input_high);
+  view_extent(output, &low, &high);
+  view_extent(input, &input_low, &input_high);
   if (low >= input_high || input_low >= high) return 0;
   /* The ranges meet; only the exact question tells interleaved arrays from overlapping ones. */
   PyObject *numpy = PyImport_ImportModule("numpy");
@@ -383,8 +178,45 @@ int view_expect_apart(binding_state *state, const view *output, const view *inpu
 
 int view_overlaps(const view *array, const void *data, int64_t nbytes) {
   const char *low, *high, *other = data;
-  extent_of(array, &low, &high);
+  view_extent(array, &low, &high);
   return low < other + nbytes && other < high;
+}
+
+/* --- from a device --------------------------------------------------------------------------- */
+
+int view_to_host(binding_state *state, view *array) {
+  if (array->device < 0) return 0;
+  const device *device = device_of(state, array->device);
+  const lola_cuda_api *api = device->api;
+  const char *low, *high;
+  view_extent(array, &low, &high);
+  npy_intp bytes = high - low;
+  PyObject *copy = PyArray_SimpleNew(1, &bytes, NPY_UINT8);
+  if (!copy) return -1;
+  char *target = PyArray_BYTES((PyArrayObject *)copy);
+  int capturing;
+  lola_message message;
+  lola_status status = api->capturing(device->number, array->stream, &capturing, &message);
+  if (!status && capturing) {
+    PyErr_Format(PyExc_RuntimeError, "%s cannot be read from its device while the stream records a graph", array->name);
+    Py_DECREF(copy);
+    return -1;
+  }
+  Py_BEGIN_ALLOW_THREADS if (!status && bytes) status =
+      api->copy(device->number, target, low, bytes, LOLA_COPY_TO_HOST, array->stream, &message);
+  if (!status) status = api->synchronize(device->number, array->stream, &message);
+  Py_END_ALLOW_THREADS if (status) {
+    Py_DECREF(copy);
+    return raise_status(status, &message);
+  }
+  char *data = target + (array->data - low);
+  if (array->managed && array->managed->deleter) array->managed->deleter(array->managed);
+  array->managed = NULL;
+  Py_XSETREF(array->capsule, copy);
+  array->data = data;
+  array->device = ON_HOST;
+  array->read_only = 0;
+  return 0;
 }
 
 /* --- conversions ---------------------------------------------------------------------------- */
@@ -397,7 +229,10 @@ static int open_numbers(binding_state *state, PyObject *object, const char *name
     if (!*held) return raise_from_present(PyExc_TypeError, "%s must be an array of numbers", name);
     object = *held;
   }
-  if (!view_open(state, object, name, array)) return 0;
+  if (!view_open(state, object, name, array)) {
+    if (!view_to_host(state, array)) return 0;
+    view_close(array);
+  }
   Py_CLEAR(*held);
   return -1;
 }
@@ -529,7 +364,8 @@ static PyObject *new_torch(binding_state *state, const view *like, PyObject *new
   if (element != like->element) {
     torch = PyImport_ImportModule("torch");
     arguments[1] =
-        torch ? PyObject_GetAttrString(torch, element == ELEMENT_INT ? "int64" : element_names[element]) : NULL;
+        torch ? PyObject_GetAttrString(torch, element == ELEMENT_INT ? "int64" : dtype_name((lola_dtype)element))
+              : NULL;
     keywords = PyTuple_Pack(1, state->names[NAME_DTYPE]);
   }
   if (element == like->element || (arguments[1] && keywords))
@@ -548,18 +384,52 @@ static PyObject *find_import(binding_state *state, PyObject *object) {
   PyObject *import = library ? PyObject_GetAttrString(library, "from_dlpack") : NULL;
   Py_XDECREF(method);
   Py_XDECREF(library);
+  if (import) return import;
+  PyErr_Clear();
+  /* CuPy's arrays of old name no namespace; their module has the function. */
+  const char *name = Py_TYPE(object)->tp_name, *dot = strchr(name, '.');
+  PyObject *root = dot ? PyUnicode_FromStringAndSize(name, dot - name) : NULL;
+  library = root ? PyImport_GetModule(root) : NULL;
+  import = library ? PyObject_GetAttrString(library, "from_dlpack") : NULL;
+  Py_XDECREF(root);
+  Py_XDECREF(library);
   if (!import) PyErr_Clear();
   return import;
 }
 
+/* Memory of our own on the array's device, already open. */
+static int new_on_device(binding_state *state, const view *like, const char *name, int ndim, const int64_t *shape,
+                         element element, void *stream, result *made) {
+  void *data;
+  made->object = export_allocate(state, like->device, stream, element, ndim, shape, &data);
+  if (!made->object) return -1;
+  view *opened = &made->opened;
+  *opened = (view){.name = name, .object = made->object, .device = like->device, .stream = stream, .data = data};
+  opened->ndim = ndim;
+  view_set_element(opened, element, type_num_of(element));
+  opened->item_size = element == ELEMENT_INT ? 8 : element == ELEMENT_FLOAT32 ? 4 : 2;
+  int64_t dense = opened->item_size;
+  for (int i = ndim; i-- > 0;) {
+    opened->shape[i] = shape[i];
+    opened->strides[i] = dense;
+    dense *= shape[i];
+  }
+  return 0;
+}
+
 int result_new(binding_state *state, const view *like, const char *name, int ndim, const int64_t *shape,
-               element element, result *made) {
+               element element, void *stream, result *made) {
   *made = (result){0};
   PyObject *new_empty = NULL;
   if (!PyArray_Check(like->object)) {
     int torch = find_attribute(like->object, state->names[NAME_NEW_EMPTY], &new_empty);
     if (torch < 0) return -1;
     if (!torch) made->import = find_import(state, like->object);
+    if (!torch && like->device >= 0 && new_on_device(state, like, name, ndim, shape, element, stream, made)) {
+      result_close(made);
+      return -1;
+    }
+    if (made->object) return 0;
   }
   made->object =
       new_empty ? new_torch(state, like, new_empty, ndim, shape, element) : new_numpy(like, ndim, shape, element);
@@ -579,8 +449,10 @@ PyObject *result_take(binding_state *state, result *made) {
   view_close(&made->opened);
   PyObject *import = made->import;
   made->import = NULL;
+  int exported = Py_TYPE(object) == state->export_type;
+  if (exported) export_written(object);
   if (import) {
-    PyObject *offer = export_new(state, (PyArrayObject *)object, element);
+    PyObject *offer = exported ? Py_NewRef(object) : export_new(state, (PyArrayObject *)object, element);
     PyObject *taken = offer ? PyObject_CallOneArg(import, offer) : NULL;
     Py_XDECREF(offer);
     Py_DECREF(import);

@@ -1,49 +1,12 @@
 /* lola.attention: checks every argument and allocates the result before the core writes anything. */
-#include "binding.h"
+#include "attention.h"
 
 #include <math.h>
-#include <string.h>
-
-/* The arguments of _lola.attention, in order; the keywords live in lola/_attention.py. */
-enum {
-  ARG_Q,
-  ARG_K,
-  ARG_V,
-  ARG_CACHE,
-  ARG_CONFIG,
-  ARG_FEATURE_MAP,
-  ARG_Q_FEATURES,
-  ARG_K_FEATURES,
-  ARG_GATE,
-  ARG_SCORES,
-  ARG_STARTS,
-  ARG_STOPS,
-  ARG_CU_SEQLENS,
-  ARG_DEVICE,
-  ARG_STREAM,
-  ARG_CHECK,
-  ARG_OUT,
-  ARG_WITH_SHARE,
-  ARG_COUNT
-};
-
-enum { FEW_ROWS = 16 };
-
-/* One call's state. Everything in it that must be given back is given back by call_close. */
-typedef struct call {
-  binding_state *state;
-  PyObject *const *arguments;
-  view q, k, v, q_features, k_features, scores, out_given;
-  PyArrayObject *scores_made, *gate, *starts, *stops, *cu_seqlens;
-  cache_object *cache;
-  result out, share;
-  lola_row few_rows[FEW_ROWS], *rows;
-  int64_t row_count, tokens; /* cache rows, tokens that enter any of them */
-  lola_call raw;
-} call;
 
 static void call_close(call *call) {
-  view *views[] = {&call->q, &call->k, &call->v, &call->q_features, &call->k_features, &call->scores, &call->out_given};
+  view *views[] = {&call->q,       &call->k,         &call->v,          &call->q_features,   &call->k_features,
+                   &call->scores,  &call->out_given, &call->gate_given, &call->starts_given, &call->stops_given,
+                   &call->cu_given};
   for (size_t i = 0; i < sizeof views / sizeof *views; i++) view_close(views[i]);
   PyArrayObject *arrays[] = {call->scores_made, call->gate, call->starts, call->stops, call->cu_seqlens};
   for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) Py_XDECREF(arrays[i]);
@@ -53,14 +16,14 @@ static void call_close(call *call) {
   if (call->rows != call->few_rows) PyMem_Free(call->rows);
 }
 
-static int given(const call *call, int argument) { return call->arguments[argument] != Py_None; }
+int given(const call *call, int argument) { return call->arguments[argument] != Py_None; }
+
+int is_packed(const call *call) { return given(call, ARG_CU_SEQLENS); }
 
 /* --- what the arguments are ------------------------------------------------------------------ */
 
 static int check_kinds(call *call) {
   PyObject *const *arguments = call->arguments;
-  if (expect_cpu(arguments[ARG_DEVICE], arguments[ARG_STREAM])) return -1;
-  call->raw.check_finite = 1;
   if (given(call, ARG_CHECK) && bool_from(arguments[ARG_CHECK], "check", &call->raw.check_finite)) return -1;
   int features = given(call, ARG_Q_FEATURES) + given(call, ARG_K_FEATURES), map = given(call, ARG_FEATURE_MAP);
   const char *wrong = map && features     ? "feature_map must be None beside q_features and k_features, got both"
@@ -119,12 +82,65 @@ static int open_inputs(call *call) {
   return 0;
 }
 
+/* --- where it runs --------------------------------------------------------------------------- */
+
+static int refuse_place(const view *array, int place, const char *what) {
+  int numpy = PyArray_Check(array->object);
+  PyErr_Format(PyExc_ValueError, "%s must lie on %s as %s, got one on %s%s", array->name, name_of_device(place).text,
+               what, name_of_device(array->device).text,
+               array->device < 0 && place >= 0 && !numpy ? " (only NumPy arrays are copied to a device)" : "");
+  return -1;
+}
+
+/* The arrays of a call lie in one place, NumPy arrays on the host also where it runs on a device. */
+static int take_place(call *call) {
+  int said;
+  if (device_from(call->state, call->arguments[ARG_DEVICE], &said)) return -1;
+  int place = call->cache ? call->cache->cache->device : call->q.device;
+  const char *what = call->cache ? "the cache does" : "q does";
+  if (!call->cache && call->q.device < 0 && (said >= 0 || said == DEVICE_ANY)) {
+    if (device_chosen(call->state, call->arguments[ARG_DEVICE], &place)) return -1;
+    what = "device says";
+  }
+  if (said != DEVICE_UNSAID && said != place && !(said == DEVICE_ANY && place >= 0)) {
+    PyErr_Format(PyExc_ValueError, "device must be None or '%s', where the %s, got %R", name_of_device(place).text,
+                 call->cache ? "cache lies" : "arrays lie", call->arguments[ARG_DEVICE]);
+    return -1;
+  }
+  call->place = place;
+  call->staged = place >= 0 && call->q.device < 0;
+  const view *arrays[] = {&call->q, &call->k, &call->v, &call->q_features, &call->k_features, &call->out_given};
+  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+    if (!arrays[i]->object || arrays[i]->device == place) continue;
+    if (!call->staged || arrays[i]->device >= 0 || !PyArray_Check(arrays[i]->object))
+      return refuse_place(arrays[i], place, what);
+  }
+  for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+    if (call->staged && arrays[i]->object && arrays[i]->device != ON_HOST)
+      return refuse_place(arrays[i], ON_HOST, "q does");
+  if (!given(call, ARG_CHECK)) call->raw.check_finite = place < 0;
+  if (place < 0 && given(call, ARG_STREAM)) {
+    PyErr_Format(PyExc_ValueError, "stream must be None on the CPU, got %R", call->arguments[ARG_STREAM]);
+    return -1;
+  }
+  if (place < 0) return 0;
+  call->device = device_of(call->state, place);
+  if (given(call, ARG_STREAM)) return stream_from(call->arguments[ARG_STREAM], &call->stream);
+  if (!call->staged)
+    call->stream = call->q.stream;
+  else if (call->cache)
+    return device_cache_stream(call->state, call->cache->on, &call->stream);
+  return 0;
+}
+
+/* --- what the inputs are --------------------------------------------------------------------- */
+
 /* q, k and v against each other and the cache. */
 static int check_inputs(call *call) {
   const lola_shape *shape = call->cache ? &call->cache->cache->shape : NULL;
-  int64_t batch = given(call, ARG_CU_SEQLENS) ? 1 : shape ? shape->batch : -1;
+  int64_t batch = is_packed(call) ? 1 : shape ? shape->batch : -1;
   int64_t want_q[4] = {batch, -1, shape ? shape->heads : -1, shape ? shape->head_dim : -1};
-  if (given(call, ARG_CU_SEQLENS) && call->q.ndim == 4 && call->q.shape[0] != 1) {
+  if (is_packed(call) && call->q.ndim == 4 && call->q.shape[0] != 1) {
     PyErr_Format(PyExc_ValueError, "q must be one packed row, (1, T, Hq, D), beside cu_seqlens, got a batch of %lld",
                  (long long)call->q.shape[0]);
     return -1;
@@ -181,7 +197,11 @@ static int check_scores(call *call) {
   PyObject *object = call->arguments[ARG_SCORES];
   const int64_t *q = call->q.shape;
   if (view_open(call->state, object, "scores", &call->scores)) return -1;
-  if (call->scores.element != ELEMENT_FLOAT32) { /* others are converted, float64 too */
+  if (call->scores.device >= 0 && (call->scores.device != call->place || call->staged))
+    return refuse_place(&call->scores, call->staged ? ON_HOST : call->place, "q does");
+  if (call->scores.device >= 0) {
+    if (view_expect_dtype(&call->scores, LOLA_FLOAT32, " on a device")) return -1;
+  } else if (call->scores.element != ELEMENT_FLOAT32) { /* others are converted, float64 too */
     view_close(&call->scores);
     call->scores_made = floats_from(call->state, object, "scores", "(B, T, Hq)", 3, q);
     if (!call->scores_made || view_open(call->state, (PyObject *)call->scores_made, "scores", &call->scores)) return -1;
@@ -192,16 +212,44 @@ static int check_scores(call *call) {
 
 /* --- rows ------------------------------------------------------------------------------------ */
 
+/* An integer argument with an entry for each row: as an array on the host, or open where a device holds it. */
+static int open_index(call *call, int argument, const char *name, const char *symbols, int64_t *want, view *opened,
+                      PyArrayObject **made) {
+  PyObject *object = call->arguments[argument];
+  if (call->place >= 0 && !call->staged && !PyArray_Check(object) && !PyList_Check(object) && !PyTuple_Check(object)) {
+    if (view_open(call->state, object, name, opened)) return -1;
+    if (opened->device == call->place) {
+      if (opened->element != ELEMENT_INT || (opened->type_num != NPY_INT32 && opened->type_num != NPY_INT64)) {
+        PyErr_Format(PyExc_TypeError, "%s must be int32 or int64 on a device, got %s", name, opened->dtype);
+        return -1;
+      }
+      if (view_expect_shape(opened, symbols, 1, want)) return -1;
+      *want = opened->shape[0];
+      if (view_is_dense(opened)) return 0;
+      PyErr_Format(PyExc_ValueError, "%s must be contiguous on a device", name);
+      return -1;
+    }
+    if (opened->device >= 0) return refuse_place(opened, call->place, "q does");
+    view_close(opened);
+  }
+  *made = integers_from(call->state, object, name, symbols, 1, want);
+  if (*made) *want = PyArray_DIM(*made, 0);
+  return *made ? 0 : -1;
+}
+
 /* Without cu_seqlens every row is a batch row; with it, call->row_count is one less than its entries. */
 static int count_rows(call *call) {
   call->row_count = call->q.shape[0];
-  if (!given(call, ARG_CU_SEQLENS)) return 0;
+  if (!is_packed(call)) return 0;
   int64_t want = call->cache ? call->cache->cache->shape.batch + 1 : -1;
-  call->cu_seqlens = integers_from(call->state, call->arguments[ARG_CU_SEQLENS], "cu_seqlens", "(N + 1,)", 1, &want);
-  if (!call->cu_seqlens) return -1;
-  call->row_count = PyArray_DIM(call->cu_seqlens, 0) - 1;
-  if (call->row_count >= 0) return 0;
-  PyErr_SetString(PyExc_ValueError, "cu_seqlens must have at least one entry, got none");
+  if (open_index(call, ARG_CU_SEQLENS, "cu_seqlens", "(N + 1,)", &want, &call->cu_given, &call->cu_seqlens)) return -1;
+  call->row_count = want - 1;
+  if (call->row_count < 0) {
+    PyErr_SetString(PyExc_ValueError, "cu_seqlens must have at least one entry, got none");
+    return -1;
+  }
+  if (call->row_count || !call->cu_given.object || !call->q.shape[1]) return 0;
+  PyErr_Format(PyExc_ValueError, "cu_seqlens must run from 0 to T (%lld), got one entry", (long long)call->q.shape[1]);
   return -1;
 }
 
@@ -226,14 +274,10 @@ static int packed_rows(call *call) {
 
 static int padded_rows(call *call) {
   int64_t T = call->q.shape[1], n = call->row_count;
-  if (given(call, ARG_STARTS)) {
-    call->starts = integers_from(call->state, call->arguments[ARG_STARTS], "starts", "(B,)", 1, &n);
-    if (!call->starts) return -1;
-  }
-  if (given(call, ARG_STOPS)) {
-    call->stops = integers_from(call->state, call->arguments[ARG_STOPS], "stops", "(B,)", 1, &n);
-    if (!call->stops) return -1;
-  }
+  if (given(call, ARG_STARTS) && open_index(call, ARG_STARTS, "starts", "(B,)", &n, &call->starts_given, &call->starts))
+    return -1;
+  if (given(call, ARG_STOPS) && open_index(call, ARG_STOPS, "stops", "(B,)", &n, &call->stops_given, &call->stops))
+    return -1;
   for (int64_t b = 0; b < n; b++) {
     int64_t start = call->starts ? ((const int64_t *)PyArray_DATA(call->starts))[b] : 0;
     int64_t stop = call->stops ? ((const int64_t *)PyArray_DATA(call->stops))[b] : T;
@@ -248,6 +292,12 @@ static int padded_rows(call *call) {
   return 0;
 }
 
+/* What enters is known on the device alone. */
+static int count_all(call *call) {
+  call->tokens = call->q.shape[0] * call->q.shape[1];
+  return 0;
+}
+
 static int check_rows(call *call) {
   if (call->row_count > FEW_ROWS) {
     call->rows = PyMem_New(lola_row, (size_t)call->row_count);
@@ -257,7 +307,9 @@ static int check_rows(call *call) {
       return -1;
     }
   }
+  if (call->cu_given.object) return count_all(call);
   if (call->cu_seqlens ? packed_rows(call) : padded_rows(call)) return -1;
+  if (call->starts_given.object || call->stops_given.object) return count_all(call);
   for (int64_t i = 0; i < call->row_count; i++) call->tokens += call->rows[i].count;
   call->raw.rows = call->rows;
   return 0;
@@ -274,8 +326,29 @@ static int make_cache(call *call, int64_t feature_dim) {
                       .value_dim = call->v.shape[3],
                       .feature_dim = feature_dim,
                       .dtype = (lola_dtype)call->k.element};
-  call->cache = cache_new(call->state->cache_type, call->arguments[ARG_CONFIG], &shape);
-  return call->cache ? 0 : -1;
+  call->cache = cache_new(call->state->cache_type, call->arguments[ARG_CONFIG], &shape, call->device, call->stream);
+  if (!call->cache) return -1;
+  if (call->cache->on) call->cache->on->temporary = 1;
+  return 0;
+}
+
+static int open_gate(call *call, int64_t heads) {
+  PyObject *object = call->arguments[ARG_GATE];
+  if (call->place >= 0 && !PyArray_Check(object) && !PyList_Check(object) && !PyTuple_Check(object)) {
+    view *gate = &call->gate_given;
+    if (view_open(call->state, object, "gate", gate)) return -1;
+    if (gate->device == call->place) {
+      if (view_expect_shape(gate, "(Hq,)", 1, &heads) || view_expect_dtype(gate, LOLA_FLOAT32, " on a device"))
+        return -1;
+      if (view_is_dense(gate)) return 0;
+      PyErr_SetString(PyExc_ValueError, "gate must be contiguous on a device");
+      return -1;
+    }
+    if (gate->device >= 0) return refuse_place(gate, call->place, "q does");
+    view_close(gate);
+  }
+  call->gate = gate_from(call->state, object, heads);
+  return call->gate ? 0 : -1;
 }
 
 static int check_mixing(call *call) {
@@ -286,13 +359,16 @@ static int check_mixing(call *call) {
                 : has_gate               ? LOLA_MIXING_GATED
                                          : LOLA_MIXING_PAPER;
   raw->scale = (float)(isnan(call->cache->scale) ? 1 / sqrt((double)call->q.shape[3]) : call->cache->scale);
-  if (has_gate && !(call->gate = gate_from(call->state, call->arguments[ARG_GATE], heads))) return -1;
-  int reads_gate = raw->mixing == LOLA_MIXING_GATED || raw->mixing == LOLA_MIXING_LOLCATS;
+  if (has_gate && open_gate(call, heads)) return -1;
+  int reads_gate = mixing_reads_gate(raw->mixing);
   if (reads_gate && !has_gate) {
     PyErr_Format(PyExc_ValueError, "gate must be given with mixing '%s', got None", mixing_name(raw->mixing));
     return -1;
   }
-  if (!reads_gate) Py_CLEAR(call->gate);
+  if (!reads_gate) {
+    Py_CLEAR(call->gate);
+    view_close(&call->gate_given);
+  }
   raw->gate = call->gate ? PyArray_DATA(call->gate) : NULL;
   return 0;
 }
@@ -319,123 +395,17 @@ static int make_results(call *call) {
   const int64_t shape[4] = {call->q.shape[0], call->q.shape[1], call->q.shape[2], call->v.shape[3]};
   if (given(call, ARG_OUT)) {
     if (check_output(call, shape)) return -1;
-  } else if (result_new(call->state, &call->q, "out", 4, shape, call->q.element, &call->out) ||
+  } else if (result_new(call->state, &call->q, "out", 4, shape, call->q.element, call->stream, &call->out) ||
              view_to_array(&call->out.opened, 0, &call->raw.out))
     return -1;
   if (call->arguments[ARG_WITH_SHARE] != Py_True) return 0;
-  return result_new(call->state, &call->q, "share", 3, shape, ELEMENT_FLOAT32, &call->share) ||
+  return result_new(call->state, &call->q, "share", 3, shape, ELEMENT_FLOAT32, call->stream, &call->share) ||
                  view_to_array(&call->share.opened, 1, &call->raw.share)
              ? -1
              : 0;
 }
 
-/* --- the terms that a first call fixes ------------------------------------------------------- */
-
-/* 1 when the maps are the same, whoever made them. */
-static int same_map(call *call, terms *bound) {
-  PyObject *map = call->arguments[ARG_FEATURE_MAP];
-  if (bound->map == map) return 1;
-  PyObject *name = call->state->names[NAME_FINGERPRINT];
-  if (!bound->fingerprint && !(bound->fingerprint = PyObject_GetAttr(bound->map, name))) return -1;
-  PyObject *fingerprint = PyObject_GetAttr(map, name);
-  int same = fingerprint ? PyObject_RichCompareBool(fingerprint, bound->fingerprint, Py_EQ) : -1;
-  Py_XDECREF(fingerprint);
-  if (same == 1) Py_XSETREF(bound->map, Py_NewRef(map)); /* found by address the next time */
-  return same;
-}
-
-static int differs(const char *name, const char *bound, const char *now) {
-  PyErr_Format(PyExc_ValueError, "%s must be %s, as in the first call with this cache, got %s", name, bound, now);
-  return -1;
-}
-
-static int check_terms(call *call) {
-  terms *bound = &call->cache->terms;
-  const lola_call *raw = &call->raw;
-  if (!bound->bound) return 0;
-  if (bound->mixing != raw->mixing) return differs("mixing", mixing_name(bound->mixing), mixing_name(raw->mixing));
-  if (bound->query_dtype != (lola_dtype)call->q.element)
-    return view_expect_dtype(&call->q, bound->query_dtype, ", as in the first call with this cache");
-  if (bound->source != raw->map.kind) {
-    if (bound->source == LOLA_MAP_GIVEN) return differs("feature_map", "None beside q_features and k_features", "one");
-    return differs("feature_map", map_kind_name(bound->source), map_kind_name(raw->map.kind));
-  }
-  if (bound->source != LOLA_MAP_GIVEN) {
-    int same = same_map(call, bound);
-    if (same < 0) return -1;
-    if (!same) return differs("feature_map", "the same", "one with other weights");
-  }
-  if (call->gate && memcmp(PyArray_DATA(call->gate), PyArray_DATA(bound->gate), (size_t)PyArray_NBYTES(bound->gate)))
-    return differs("gate", "the same", "other values");
-  return 0;
-}
-
-static void fix_terms(call *call) {
-  terms *bound = &call->cache->terms;
-  if (bound->bound) return;
-  *bound = (terms){.bound = 1,
-                   .mixing = call->raw.mixing,
-                   .query_dtype = (lola_dtype)call->q.element,
-                   .source = call->raw.map.kind,
-                   .gate = (PyArrayObject *)Py_XNewRef((PyObject *)call->gate)};
-  if (bound->source != LOLA_MAP_GIVEN) bound->map = Py_NewRef(call->arguments[ARG_FEATURE_MAP]);
-}
-
-/* --- the run --------------------------------------------------------------------------------- */
-
-/* Called by the core between segments, on the thread that called it. */
-static int interrupted(void *context) {
-  PyThreadState **thread = context;
-  PyEval_RestoreThread(*thread);
-  int signalled = PyErr_CheckSignals();
-  *thread = PyEval_SaveThread();
-  return signalled;
-}
-
-/* Outputs of tokens that entered no row are zero. */
-static void zero_outside(const call *call, const lola_array *array, int64_t numbers) {
-  int64_t T = call->q.shape[1], H = call->q.shape[2];
-  size_t item = array->dtype == LOLA_FLOAT32 ? 4 : 2;
-  if (!array->data || call->cu_seqlens) return; /* packed rows leave nothing out */
-  for (int64_t i = 0; i < call->row_count; i++) {
-    const lola_row *row = &call->rows[i];
-    for (int64_t t = 0; t < T; t++) {
-      if (t == row->first) t += row->count;
-      if (t >= T) break;
-      for (int64_t h = 0; h < H; h++)
-        memset((char *)array->data +
-                   (row->b * array->stride_b + t * array->stride_t + h * array->stride_h) * (int64_t)item,
-               0, (size_t)numbers * item);
-    }
-  }
-}
-
-static int run(call *call) {
-  lola_message message;
-  lola_status status = LOLA_OK;
-  lola_cache *cache = call->cache->cache;
-  if (cache_lock(call->cache)) return -1;
-  int failed = check_terms(call), widened = 0;
-  if (!failed && call->tokens && call->raw.map.kind == LOLA_MAP_GIVEN && !cache->stores_features) {
-    status = lola_cache_store_features(cache, &message);
-    widened = !status;
-  }
-  if (!failed && !status) {
-    PyThreadState *thread = PyEval_SaveThread();
-    call->raw.interrupted = interrupted;
-    call->raw.interrupted_context = &thread;
-    if (call->tokens) status = lola_cpu_attention(cache, &call->raw, &message);
-    if (!status) {
-      zero_outside(call, &call->raw.out, call->v.shape[3]);
-      zero_outside(call, &call->raw.share, 1);
-    }
-    PyEval_RestoreThread(thread);
-  }
-  if (!failed && !status && call->tokens) fix_terms(call);
-  if (status && widened) lola_cache_drop_features(cache);
-  cache_unlock(call->cache);
-  return failed ? -1 : status ? raise_status(status, &message) : 0;
-}
+/* --- the call -------------------------------------------------------------------------------- */
 
 static PyObject *take_results(call *call) {
   PyObject *out = given(call, ARG_OUT) ? Py_NewRef(call->arguments[ARG_OUT]) : result_take(call->state, &call->out);
@@ -452,10 +422,10 @@ PyObject *py_attention(PyObject *module, PyObject *const *arguments, Py_ssize_t 
   call call = {.state = binding_state_of(module), .arguments = arguments};
   call.rows = call.few_rows;
   int64_t feature_dim;
-  int failed = check_kinds(&call) || take_cache(&call) || open_inputs(&call) || check_inputs(&call) ||
-               check_features(&call, &feature_dim) || count_rows(&call) || check_rows(&call) ||
+  int failed = check_kinds(&call) || take_cache(&call) || open_inputs(&call) || take_place(&call) ||
+               check_inputs(&call) || check_features(&call, &feature_dim) || count_rows(&call) || check_rows(&call) ||
                make_cache(&call, feature_dim) || check_scores(&call) || check_mixing(&call) || make_results(&call) ||
-               run(&call);
+               (call.place < 0 ? run_host(&call) : run_device(&call));
   PyObject *made = failed ? NULL : take_results(&call);
   call_close(&call);
   return made;

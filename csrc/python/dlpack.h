@@ -48,6 +48,9 @@ typedef struct dl_exchange {
   void *previous;
   void (*allocate)(void);
   int (*from_object)(void *object, dl_managed_versioned **result);
+  void (*to_object)(void);
+  void (*view_object)(void);
+  int (*current_stream)(int device_type, int32_t device, void **stream);
 } dl_exchange;
 
 #endif

@@ -1,7 +1,8 @@
 /* lola._lola.FeatureMap: the weights of a feature map, checked once and never changed after. */
-#include "binding.h"
+#include "device.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 static const char *const kind_names[] = {"given", "hedgehog", "hedgehog_exp", "elu_plus_one", "relu"};
@@ -43,6 +44,70 @@ lola_feature_map feature_map_raw(const feature_map_object *map) {
   return (lola_feature_map){map->kind, map->w_q ? PyArray_DATA(map->w_q) : NULL,
                             map->w_k ? PyArray_DATA(map->w_k) : NULL};
 }
+
+/* --- weights on devices --------------------------------------------------------------------- */
+
+struct map_copy {
+  device *device;
+  float *w_q, *w_k;
+  map_copy *next;
+};
+
+static lola_status copy_weights(map_copy *made, const feature_map_object *map, lola_message *message) {
+  const lola_cuda_api *api = made->device->api;
+  int number = made->device->number;
+  void *keeper = made->device->keeper;
+  int64_t bytes = (int64_t)PyArray_NBYTES(map->w_q);
+  lola_status status = api->allocate(number, bytes, keeper, (void **)&made->w_q, message);
+  if (!status) status = api->allocate(number, bytes, keeper, (void **)&made->w_k, message);
+  if (!status)
+    status = api->copy(number, made->w_q, PyArray_DATA(map->w_q), bytes, LOLA_COPY_TO_DEVICE, keeper, message);
+  if (!status)
+    status = api->copy(number, made->w_k, PyArray_DATA(map->w_k), bytes, LOLA_COPY_TO_DEVICE, keeper, message);
+  /* Once and for all, so that every stream may read them from here on. */
+  return status ? status : api->synchronize(number, keeper, message);
+}
+
+static void release_copy(map_copy *copy) {
+  const device *device = copy->device;
+  if (copy->w_q) device->api->release(device->number, copy->w_q, device->keeper);
+  if (copy->w_k) device->api->release(device->number, copy->w_k, device->keeper);
+  PyMem_RawFree(copy);
+}
+
+static map_copy *find_copy(feature_map_object *map, const device *device) {
+  map_copy *copy = atomic_load(&map->copies);
+  while (copy && copy->device != device) copy = copy->next;
+  return copy;
+}
+
+int feature_map_on(feature_map_object *map, device *device, lola_feature_map *raw) {
+  *raw = (lola_feature_map){map->kind, NULL, NULL};
+  if (!map->w_q) return 0;
+  map_copy *copy = find_copy(map, device);
+  if (!copy) {
+    lola_message message;
+    copy = PyMem_RawCalloc(1, sizeof *copy);
+    if (!copy) {
+      PyErr_NoMemory();
+      return -1;
+    }
+    copy->device = device;
+    lola_status status = copy_weights(copy, map, &message);
+    if (status) {
+      release_copy(copy);
+      return raise_status(status, &message);
+    }
+    copy->next = atomic_load(&map->copies);
+    while (!atomic_compare_exchange_weak(&map->copies, &copy->next, copy)) /* two of one device do no harm */
+      ;
+  }
+  raw->w_q = copy->w_q;
+  raw->w_k = copy->w_k;
+  return 0;
+}
+
+/* --- the type ------------------------------------------------------------------------------- */
 
 static PyArrayObject *weights_from(binding_state *state, PyObject *object, const char *name, const int64_t *want) {
   PyArrayObject *weights = floats_from(state, object, name, "(Hq, D, M)", 3, want);
@@ -107,6 +172,10 @@ static PyObject *feature_map_new(PyTypeObject *type, PyObject *arguments, PyObje
 static void feature_map_dealloc(feature_map_object *self) {
   PyTypeObject *type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
+  for (map_copy *copy = self->copies, *next; copy; copy = next) {
+    next = copy->next;
+    release_copy(copy);
+  }
   Py_XDECREF(self->w_q);
   Py_XDECREF(self->w_k);
   type->tp_free(self);

@@ -1,6 +1,6 @@
 /* lola._lola: the module, its state and the functions about the machine. */
 #define BINDING_IMPORTS_NUMPY
-#include "binding.h"
+#include "device.h"
 
 static struct PyModuleDef module_def;
 
@@ -71,15 +71,17 @@ static PyObject *py_scratch_peak(PyObject *module, PyObject *unused) {
   return PyLong_FromLongLong(lola_cpu_scratch_peak());
 }
 
-static PyObject *py_expect_cpu(PyObject *module, PyObject *device) {
-  (void)module;
-  return expect_cpu(device, Py_None) ? NULL : Py_NewRef(Py_None);
+static PyObject *py_cuda_unavailable_reason(PyObject *module, PyObject *unused) {
+  (void)unused;
+  char text[sizeof(lola_message)];
+  if (cuda_is_available(binding_state_of(module), text, sizeof text)) Py_RETURN_NONE;
+  return PyUnicode_FromString(text);
 }
 
-static PyObject *py_cuda_unavailable_reason(PyObject *module, PyObject *unused) {
-  (void)module;
-  (void)unused;
-  return PyUnicode_FromString(cuda_unavailable_reason);
+static PyObject *py_device(PyObject *module, PyObject *object) {
+  int number;
+  if (device_chosen(binding_state_of(module), object, &number)) return NULL;
+  return PyUnicode_FromString(name_of_device(number).text);
 }
 
 /* --- the module ------------------------------------------------------------------------------ */
@@ -91,12 +93,13 @@ static PyMethodDef module_functions[] = {
      "attention($module, q, k, v, cache, config, feature_map, q_features, k_features, gate, scores, starts, stops, "
      "cu_seqlens, device, stream, check, out, with_share, /)\n--\n\nSee lola.attention and lola.stats.linear_share."},
     {"features", FAST(py_features),
-     "features($module, x, feature_map, side, heads, /)\n--\n\nSee lola.kernels.features."},
-    {"score", FAST(py_score), "score($module, fk, v, H, s, /)\n--\n\nSee lola.kernels.score."},
-    {"select", FAST(py_select), "select($module, scores, keep, count, /)\n--\n\nSee lola.kernels.select."},
-    {"fold", FAST(py_fold), "fold($module, fk, v, H, s, count, /)\n--\n\nSee lola.kernels.fold."},
+     "features($module, x, feature_map, side, heads, device, /)\n--\n\nSee lola.kernels.features."},
+    {"score", FAST(py_score), "score($module, fk, v, H, s, device, /)\n--\n\nSee lola.kernels.score."},
+    {"select", FAST(py_select), "select($module, scores, keep, count, device, /)\n--\n\nSee lola.kernels.select."},
+    {"fold", FAST(py_fold), "fold($module, fk, v, H, s, count, device, /)\n--\n\nSee lola.kernels.fold."},
     {"attend", FAST(py_attend),
-     "attend($module, q, k, v, fq, H, s, gate, mixing, scale, causal, count, /)\n--\n\nSee lola.kernels.attend."},
+     "attend($module, q, k, v, fq, H, s, gate, mixing, scale, causal, count, device, /)\n--\n\nSee "
+     "lola.kernels.attend."},
     {"isa", py_isa, METH_NOARGS, "isa($module, /)\n--\n\nThe instruction set in use."},
     {"available_isas", py_available_isas, METH_NOARGS,
      "available_isas($module, /)\n--\n\nThe instruction sets that are compiled in and that this machine has, best "
@@ -108,16 +111,16 @@ static PyMethodDef module_functions[] = {
      "set_num_threads($module, threads, /)\n--\n\nSets how many threads a call may use, at least 1."},
     {"scratch_peak", py_scratch_peak, METH_NOARGS,
      "scratch_peak($module, /)\n--\n\nScratch bytes that this thread's last call used."},
-    {"expect_cpu", py_expect_cpu, METH_O,
-     "expect_cpu($module, device, /)\n--\n\nRaises unless device is None or the CPU."},
+    {"device", py_device, METH_O,
+     "device($module, device, /)\n--\n\nThe full name of a device that can be used: \"cpu\" or \"cuda:0\" and so on."},
     {"cuda_unavailable_reason", py_cuda_unavailable_reason, METH_NOARGS,
-     "cuda_unavailable_reason($module, /)\n--\n\nWhy arrays on CUDA devices are refused."},
+     "cuda_unavailable_reason($module, /)\n--\n\nWhy CUDA devices cannot be used, None if they can."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec, int public) {
+static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec) {
   PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
-  if (type && public && PyModule_AddType(module, type)) Py_CLEAR(type);
+  if (type && PyModule_AddType(module, type)) Py_CLEAR(type);
   return type;
 }
 
@@ -125,17 +128,29 @@ static int module_exec(PyObject *module) {
   import_array1(-1);
   binding_state *state = binding_state_of(module);
   static const char *const names[NAME_COUNT] = {
-      [NAME_REQUIRES_GRAD] = "requires_grad", [NAME_EXCHANGE] = "__dlpack_c_exchange_api__",
-      [NAME_DLPACK] = "__dlpack__",           [NAME_MAX_VERSION] = "max_version",
-      [NAME_NEW_EMPTY] = "new_empty",         [NAME_DTYPE] = "dtype",
-      [NAME_FINGERPRINT] = "fingerprint",     [NAME_NAMESPACE] = "__array_namespace__",
+      [NAME_REQUIRES_GRAD] = "requires_grad",
+      [NAME_EXCHANGE] = "__dlpack_c_exchange_api__",
+      [NAME_DLPACK] = "__dlpack__",
+      [NAME_MAX_VERSION] = "max_version",
+      [NAME_NEW_EMPTY] = "new_empty",
+      [NAME_DTYPE] = "dtype",
+      [NAME_FINGERPRINT] = "fingerprint",
+      [NAME_NAMESPACE] = "__array_namespace__",
+      [NAME_STREAM] = "stream",
+      [NAME_DLPACK_DEVICE] = "__dlpack_device__",
+      [NAME_CUDA_INTERFACE] = "__cuda_array_interface__",
   };
   for (int i = 0; i < NAME_COUNT; i++)
     if (!(state->names[i] = PyUnicode_InternFromString(names[i]))) return -1;
+  state->devices_lock = PyThread_allocate_lock();
+  if (!state->devices_lock) {
+    PyErr_NoMemory();
+    return -1;
+  }
   state->dlpack_version = Py_BuildValue("(ii)", DL_MAJOR, 0);
-  state->cache_type = add_type(module, &cache_spec, 1);
-  state->map_type = add_type(module, &feature_map_spec, 1);
-  state->export_type = add_type(module, &export_spec, 0);
+  state->cache_type = add_type(module, &cache_spec);
+  state->map_type = add_type(module, &feature_map_spec);
+  state->export_type = add_type(module, &export_spec);
   return state->dlpack_version && state->cache_type && state->map_type && state->export_type ? 0 : -1;
 }
 
@@ -157,7 +172,12 @@ static int module_clear(PyObject *module) {
   return 0;
 }
 
-static void module_free(void *module) { module_clear(module); }
+static void module_free(void *module) {
+  binding_state *state = binding_state_of(module);
+  module_clear(module);
+  if (state->devices_lock) PyThread_free_lock(state->devices_lock);
+  state->devices_lock = NULL; /* the devices stay: memory on them may outlive the module */
+}
 
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, (void *)module_exec},

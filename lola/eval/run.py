@@ -135,7 +135,7 @@ class Comparison:
         if threads is not None:
             _at_least("threads", threads, 1)
         _one_of("split", split, _tasks.SPLITS)
-        _one_of("device", device, ("cpu",))
+        device = lola._lola.device(device)
         _one_of("dtype", dtype, ("float16", "float32"))
         if score == "external":
             raise ValueError("score must be one that LoLA computes; 'external' takes scores from a caller")
@@ -145,7 +145,7 @@ class Comparison:
         self.threads = threads or processors()
         self._student = None
         self.setups, self.trained = [Setup("softmax")], None
-        read = functools.partial(Llama.from_pretrained, model, cache_dtype=dtype)
+        read = functools.partial(Llama.from_pretrained, model, cache_dtype=dtype, device=device)
         if locate(model, adapter)[1] is not None:
             self._student = read(lola.Config(), adapter=adapter)
             self.trained = self._student.adapter.mixing
@@ -329,8 +329,8 @@ def evaluate(
         Which part of the text; see ``lola.eval.text``.
     adapter : path, optional
         Folder of another adapter.
-    device : {"cpu"}
-        Where attention runs.
+    device : str
+        Where LoLA's attention runs and its caches lie: "cpu", "cuda" or "cuda:1" and so on. All else is NumPy's.
     threads : int, optional
         Samples that run at the same time; by default as many as there are processors for this process.
     dtype : {"float16", "float32"}
@@ -347,6 +347,8 @@ def evaluate(
     ------
     ValueError, TypeError, FileNotFoundError
         For a wrong argument; the message names it and what it may be.
+    RuntimeError
+        For a device that cannot be used; the message says why.
     """
     return Comparison(model, tasks, lengths, **options).run(on_row, on_sample)
 

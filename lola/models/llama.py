@@ -135,10 +135,10 @@ class _LolaLayer:
         sizes = {name: getattr(one, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "feature_dim", "dtype")}
         cache = lola.Cache(one.config, batch=sum(layer.cache.batch for layer in layers), **sizes)
         # Each buffer has a row's part in its first axis, and nothing of a row is elsewhere.
-        parts = [layer.cache.buffers() for layer in layers]
+        parts = [layer.cache.to("cpu").buffers() for layer in layers]
         for name, buffer in cache.buffers().items():
             np.concatenate([part[name] for part in parts], out=buffer)
-        return cls(cache, layers[0].feature_map, layers[0].gate)
+        return cls(cache.to(one.device), layers[0].feature_map, layers[0].gate)
 
     # Set where a call without queries is to be had.
     append = None
@@ -250,6 +250,8 @@ class Llama:
         How it attends.
     adapter : Adapter or None
         The linearisation in use; None with softmax attention.
+    device : str
+        Where LoLA's caches lie.
     folder : Path
         Where it was read from.
     weights_hash : str
@@ -275,6 +277,7 @@ class Llama:
         *,
         adapter: str | os.PathLike | None = None,
         cache_dtype: str = "float32",
+        device: str = "cpu",
     ) -> Llama:
         """Read a model.
 
@@ -291,6 +294,8 @@ class Llama:
             default the bundled model's own, or the model's folder if ``adapter.json`` is there.
         cache_dtype : {"float32", "float16"}
             Of the keys and values in caches; everything else is float32.
+        device : str
+            Where LoLA's caches lie and its attention runs, "cpu", "cuda" or "cuda:1" and so on; everything else is NumPy's.
 
         Raises
         ------
@@ -301,13 +306,17 @@ class Llama:
             file and the key. Also for LoLA without an adapter.
         TypeError
             If ``attention`` is of another type.
+        RuntimeError
+            For a device that cannot be used.
         """
+        device = lola._lola.device(device)
         if not (attention == "softmax" if isinstance(attention, str) else isinstance(attention, lola.Config)):
             raise TypeError(f"attention must be 'softmax' or a lola.Config; it is {attention!r}")
         folder, own_adapter = locate(name, adapter)
         self = object.__new__(cls)
         self.folder = folder
         self.cache_dtype = _cache_dtype(cache_dtype)
+        self.device = device
         self.geometry = Geometry.from_config(read_json(folder / "config.json"), folder / "config.json")
         self.attention = attention
         self.adapter = None
@@ -428,6 +437,7 @@ class Llama:
             value_dim=g.head_dim,
             feature_dim=2 * layer.feature_map.w_q.shape[-1],
             dtype=self.cache_dtype.name,
+            device=self.device,
         )
 
     def __call__(self, ids, cache: ModelCache | None = None, *, starts=None, stops=None) -> np.ndarray:

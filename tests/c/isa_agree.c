@@ -52,7 +52,7 @@ int main(void) {
           .window = 32, .chunk = 16, .sparse = 40, .score = LOLA_SCORE_SELF_RECALL, .sparse_per = LOLA_PER_KV_HEAD};
       lola_shape shape = {B, HQ, HKV, D, DV, F, dtype};
       lola_cache *cache;
-      expect(lola_cache_create(&config, &shape, &cache, &message), &message);
+      expect(lola_cache_create(&config, &shape, NULL, &cache, &message), &message);
       float *out = malloc(sizeof(float) * B * T * HQ * DV);
       if (!out) return 2;
       for (int64_t t = 0, n; t < T; t += n) {

@@ -84,7 +84,7 @@ def test_eval_without_an_adapter(tmp_path, capsys, short_answers):
         (["--score", "worst"], "score must be one of"),
         (["--sparse-per", "layer"], "sparse_per must be one of"),
         (["--sparse", "-3"], "sparse must be"),
-        (["--device", "cuda"], "device must be"),
+        (["--device", "tpu"], "device must be None, 'cpu', 'cuda' or"),
         (["--threads", "0"], "threads must be"),
         (["--dtype", "float8"], "dtype must be one of float16, float32"),
         (["--adapter", "nowhere"], "adapter must be a folder with adapter.json"),

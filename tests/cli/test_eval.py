@@ -259,7 +259,7 @@ def test_pool_of_no_units():
         (dict(seed=-1), ValueError, "seed must be an integer, 0 or more"),
         (dict(threads=0), ValueError, "threads must be an integer, 1 or more"),
         (dict(split="test"), ValueError, "split must be one of"),
-        (dict(device="tpu"), ValueError, "device must be one of cpu; it is 'tpu'"),
+        (dict(device="tpu"), ValueError, "device must be None, 'cpu', 'cuda' or 'cuda:0' and so on, got 'tpu'"),
         (dict(dtype="int8"), ValueError, "dtype must be one of float16, float32"),
         (dict(sparse=-1), ValueError, "sparse"),
         (dict(window=12), ValueError, "window"),

@@ -51,6 +51,9 @@ typedef struct lola_kernels {
   /* Decoding: s[h lds + i] = q_h . k_i for `heads` float32 queries and `keys` rows of any dtype. */
   void (*dot_keys)(int64_t heads, int64_t keys, int64_t n, const float *q, int64_t ldq, const void *k, lola_dtype dtype,
                    int64_t ldk, float *s, int64_t lds);
+  /* o[h ldo + j] += sum over i, in ascending order, of s[h lds + i] v_i[j], for `keys` rows of any dtype. */
+  void (*add_values)(int64_t heads, int64_t keys, int64_t n, const float *s, int64_t lds, const void *v,
+                     lola_dtype dtype, int64_t ldv, float *o, int64_t ldo);
   /* The softmax step for one query whose scores lie along the vector. Returns alpha. */
   float (*softmax_row)(int64_t keys, float *s, float *m, float *l);
 } lola_kernels;

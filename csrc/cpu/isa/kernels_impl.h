@@ -64,7 +64,17 @@ ALWAYS_INLINE vf exp_not_positive(vf x) {
 
 /* --- matrix products ------------------------------------------------------------------------- */
 
-enum { AHEAD = 16 }; /* rows that are asked for before they are used */
+enum { AHEAD = 16 }; /* rows of scattered memory that are asked for before they are used */
+
+/* Memory that is read once, in order, is asked for so many bytes ahead, into the L2 cache. The machine's own
+ * prefetching ends at each page and is confused by rows that are visited in turn. What lies past the end is the next
+ * head's. */
+enum { STREAM_AHEAD = 8192 };
+
+ALWAYS_INLINE void ask_for(const char *from, int64_t bytes) {
+#pragma GCC unroll 8
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
 
 /* A ROWS x (VECTORS VF_LANES) tile of c stays in registers while k runs. `tail` > 0: the last vector holds that many
  * columns. Whatever the tile, an element is one chain of multiply-adds in ascending k. */
@@ -88,10 +98,6 @@ ALWAYS_INLINE void tile(const int ROWS, const int VECTORS, int64_t tail, int64_t
   }
   for (int64_t k = 0, at = 0; k < K; k++, at += ak, b += ldb) {
     vf line[TILE_VECTORS];
-    /* With few rows the product is as fast as b arrives; its rows are too far apart for the machine to see a stream. */
-    if (ROWS <= 4)
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; j++) __builtin_prefetch(b + AHEAD * ldb + j * VF_LANES);
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++)
       line[j] = j < full ? vf_load(b + j * VF_LANES) : vf_load_tail(b + j * VF_LANES, tail, 0);
@@ -153,8 +159,96 @@ DEFINE_PANEL(panel_1, 1, 0)
 DEFINE_PANEL(panel_tail, 1, tail)
 #undef DEFINE_PANEL
 
+/* With few rows the product is as fast as b arrives, so b is read once and nearly as it lies in memory: a few of its
+ * rows stay in the L1 cache while panels of columns go over them. */
+enum { FEW_ROWS = 4, STREAM_ROWS = 8 };
+
+/* c (ROWS, VECTORS VF_LANES) += A b; each row of b asks for as many bytes as it has, from `ask` on. */
+ALWAYS_INLINE void few_rows_panel(const int ROWS, const int VECTORS, int64_t tail, lola_dtype dtype, int64_t K,
+                                  const float *a, int64_t am, int64_t ak, const char *b, int64_t ldb, float *c,
+                                  int64_t ldc, const char *ask) {
+  vf sum[FEW_ROWS][FEW_SUMS];
+  const int64_t width = (int64_t)width_of(dtype), bytes = VECTORS * VF_LANES * width;
+  const int full = tail ? VECTORS - 1 : VECTORS;
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++)
+      sum[i][j] = j < full ? vf_load(c + i * ldc + j * VF_LANES) : vf_load_tail(c + i * ldc + j * VF_LANES, tail, 0);
+  for (int64_t k = 0; k < K; k++, b += ldb * width) {
+    ask_for(ask, bytes);
+    ask += bytes;
+    vf line[FEW_SUMS];
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++)
+      line[j] = j < full ? load_as(b, j * VF_LANES, dtype) : load_tail_as(b, j * VF_LANES, dtype, tail);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+      vf x = vf_set1(a[i * am + k * ak]);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; j++) sum[i][j] = vf_fma(x, line[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) {
+      if (j < full)
+        vf_store(c + i * ldc + j * VF_LANES, sum[i][j]);
+      else
+        vf_store_tail(c + i * ldc + j * VF_LANES, sum[i][j], tail);
+    }
+}
+
+/* All panels of a few rows of b. */
+ALWAYS_INLINE void few_rows_of(const int ROWS, const int VECTORS, lola_dtype dtype, int64_t N, int64_t K,
+                               const float *a, int64_t am, int64_t ak, const char *b, int64_t ldb, float *c,
+                               int64_t ldc, const char *ask) {
+  const int64_t width = (int64_t)width_of(dtype);
+  int64_t n = 0, step = VECTORS * VF_LANES;
+  for (; n + step <= N; n += step, ask += K * step * width)
+    few_rows_panel(ROWS, VECTORS, 0, dtype, K, a, am, ak, b + n * width, ldb, c + n, ldc, ask);
+  step = VECTORS / 2 * VF_LANES;
+  for (; n + step <= N; n += step, ask += K * step * width)
+    few_rows_panel(ROWS, VECTORS / 2, 0, dtype, K, a, am, ak, b + n * width, ldb, c + n, ldc, ask);
+  for (; n + VF_LANES <= N; n += VF_LANES, ask += K * VF_LANES * width)
+    few_rows_panel(ROWS, 1, 0, dtype, K, a, am, ak, b + n * width, ldb, c + n, ldc, ask);
+  if (n < N) few_rows_panel(ROWS, 1, N - n, dtype, K, a, am, ak, b + n * width, ldb, c + n, ldc, ask);
+}
+
+/* c (M, N) += A b for any M. */
+ALWAYS_INLINE void few_rows_as(lola_dtype dtype, int64_t M, int64_t N, int64_t K, const float *a, int64_t am,
+                               int64_t ak, const void *b, int64_t ldb, float *c, int64_t ldc) {
+  const int64_t width = (int64_t)width_of(dtype);
+  /* One row that is as wide as the registers needs no blocks. */
+  const int64_t rows = M == 1 && N <= FEW_SUMS / 2 * VF_LANES ? K : STREAM_ROWS;
+  for (int64_t k = 0; k < K; k += rows) {
+    const int64_t n = K - k < rows ? K - k : rows;
+    const float *x = a + k * ak;
+    /* One row is done sooner, and so asks for less that is not its own past the end. */
+    const char *from = (const char *)b + k * ldb * width, *ask = from + (M == 1 ? STREAM_AHEAD / 2 : STREAM_AHEAD);
+    int64_t m = 0;
+    /* Each 16-bit element is widened once for four rows; wider panels are nearer to how float32 lies in memory. */
+    for (; dtype != LOLA_FLOAT32 && m + 4 <= M; m += 4)
+      few_rows_of(4, FEW_SUMS / 4, dtype, N, n, x + m * am, am, ak, from, ldb, c + m * ldc, ldc, ask);
+    for (; m + 2 <= M; m += 2)
+      few_rows_of(2, FEW_SUMS / 2, dtype, N, n, x + m * am, am, ak, from, ldb, c + m * ldc, ldc, ask);
+    if (m < M) few_rows_of(1, FEW_SUMS / 2, dtype, N, n, x + m * am, am, ak, from, ldb, c + m * ldc, ldc, ask);
+  }
+}
+
+static __attribute__((noinline)) void few_rows(int64_t M, int64_t N, int64_t K, const float *a, int64_t am, int64_t ak,
+                                               const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+  for (int64_t i = 0; i < M && !accumulate; i++) memset(c + i * ldc, 0, (size_t)N * sizeof *c);
+  few_rows_as(LOLA_FLOAT32, M, N, K, a, am, ak, b, ldb, c, ldc);
+}
+
 static void gemm(int64_t M, int64_t N, int64_t K, const float *a, int64_t am, int64_t ak, const float *b, int64_t ldb,
                  float *c, int64_t ldc, int accumulate) {
+  if (M <= FEW_ROWS) {
+    few_rows(M, N, K, a, am, ak, b, ldb, c, ldc, accumulate);
+    return;
+  }
   int64_t n = 0;
   for (; n + TILE_VECTORS * VF_LANES <= N; n += TILE_VECTORS * VF_LANES)
     panel_widest(M, K, a, am, ak, b + n, ldb, c + n, ldc, accumulate, 0);
@@ -422,37 +516,64 @@ static void mix_row(int64_t n, float *out, float a, const float *x, float b, con
 
 /* --- decoding -------------------------------------------------------------------------------- */
 
-ALWAYS_INLINE void dot_keys_of(const int HEADS, lola_dtype dtype, int64_t keys, int64_t n, const float *q, int64_t ldq,
-                               const void *k, int64_t ldk, float *s, int64_t lds) {
-  for (int64_t i = 0; i < keys; i++) {
-    const char *key = (const char *)k + (size_t)(i * ldk) * width_of(dtype);
-    for (int64_t at = 0; at < n * (int64_t)width_of(dtype); at += 64)
-      __builtin_prefetch(key + AHEAD * (size_t)ldk * width_of(dtype) + at);
-    vf sum[4];
+/* Four keys at a time against HEADS queries: each loaded query serves four keys, and four sums are added up together.
+ * A last tile of fewer keys repeats the last one. */
+ALWAYS_INLINE void dot_keys_of(const int HEADS, lola_dtype dtype, int64_t count, const char *const *key, int64_t n,
+                               const float *q, int64_t ldq, float *s, int64_t lds) {
+  vf sum[4][4];
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++) sum[h] = vf_zero();
-    int64_t j = 0;
-    for (; j + VF_LANES <= n; j += VF_LANES) {
-      vf x = load_as(key, j, dtype);
+  for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; h++) sum[h] = vf_fma(x, vf_load(q + h * ldq + j), sum[h]);
+    for (int i = 0; i < 4; i++) sum[h][i] = vf_zero();
+  int64_t j = 0;
+  for (; j + VF_LANES <= n; j += VF_LANES) {
+    vf x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) x[i] = load_as(key[i], j, dtype);
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++) {
+      vf y = vf_load(q + h * ldq + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) sum[h][i] = vf_fma(x[i], y, sum[h][i]);
     }
-    if (j < n) {
-      vf x = load_tail_as(key, j, dtype, n - j);
+  }
+  if (j < n) {
+    vf x[4];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; h++) sum[h] = vf_fma(x, vf_load_tail(q + h * ldq + j, n - j, 0), sum[h]);
+    for (int i = 0; i < 4; i++) x[i] = load_tail_as(key[i], j, dtype, n - j);
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++) {
+      vf y = vf_load_tail(q + h * ldq + j, n - j, 0);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) sum[h][i] = vf_fma(x[i], y, sum[h][i]);
     }
+  }
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++) s[h * lds + i] = vf_sum(sum[h]);
+  for (int h = 0; h < HEADS; h++) {
+    float sums[4];
+    vf_sum4(sums, sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
+    if (count == 4)
+      memcpy(s + h * lds, sums, sizeof sums);
+    else
+      for (int64_t i = 0; i < count; i++) s[h * lds + i] = sums[i];
   }
 }
 
 ALWAYS_INLINE void dot_keys_as(lola_dtype dtype, int64_t heads, int64_t keys, int64_t n, const float *q, int64_t ldq,
                                const void *k, int64_t ldk, float *s, int64_t lds) {
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) dot_keys_of(4, dtype, keys, n, q + h * ldq, ldq, k, ldk, s + h * lds, lds);
-  for (; h + 2 <= heads; h += 2) dot_keys_of(2, dtype, keys, n, q + h * ldq, ldq, k, ldk, s + h * lds, lds);
-  for (; h < heads; h++) dot_keys_of(1, dtype, keys, n, q + h * ldq, ldq, k, ldk, s + h * lds, lds);
+  const int64_t stride = ldk * (int64_t)width_of(dtype), bytes = n * (int64_t)width_of(dtype);
+  for (int64_t i = 0; i < keys; i += 4) {
+    const int64_t count = keys - i < 4 ? keys - i : 4;
+    const char *key[4];
+    for (int64_t j = 0; j < 4; j++) {
+      key[j] = (const char *)k + (i + (j < count ? j : count - 1)) * stride;
+      ask_for(key[j] + STREAM_AHEAD, bytes);
+    }
+    int64_t h = 0;
+    for (; h + DOT_HEADS <= heads; h += DOT_HEADS)
+      dot_keys_of(DOT_HEADS, dtype, count, key, n, q + h * ldq, ldq, s + h * lds + i, lds);
+    for (; h < heads; h++) dot_keys_of(1, dtype, count, key, n, q + h * ldq, ldq, s + h * lds + i, lds);
+  }
 }
 
 static void dot_keys(int64_t heads, int64_t keys, int64_t n, const float *q, int64_t ldq, const void *k,
@@ -466,6 +587,21 @@ static void dot_keys(int64_t heads, int64_t keys, int64_t n, const float *q, int
     break;
   case LOLA_BFLOAT16:
     dot_keys_as(LOLA_BFLOAT16, heads, keys, n, q, ldq, k, ldk, s, lds);
+    break;
+  }
+}
+
+static void add_values(int64_t heads, int64_t keys, int64_t n, const float *s, int64_t lds, const void *v,
+                       lola_dtype dtype, int64_t ldv, float *o, int64_t ldo) {
+  switch (dtype) {
+  case LOLA_FLOAT32:
+    few_rows(heads, n, keys, s, lds, 1, v, ldv, o, ldo, 1);
+    break;
+  case LOLA_FLOAT16:
+    few_rows_as(LOLA_FLOAT16, heads, n, keys, s, lds, 1, v, ldv, o, ldo);
+    break;
+  case LOLA_BFLOAT16:
+    few_rows_as(LOLA_BFLOAT16, heads, n, keys, s, lds, 1, v, ldv, o, ldo);
     break;
   }
 }
@@ -514,5 +650,6 @@ const lola_kernels LOLA_KERNELS = {
     .scale_rows = scale_rows,
     .mix_row = mix_row,
     .dot_keys = dot_keys,
+    .add_values = add_values,
     .softmax_row = softmax_row,
 };

@@ -4,7 +4,7 @@
 
 #include "core/half.h"
 
-enum { VF_LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2 };
+enum { VF_LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2, DOT_HEADS = 2, FEW_SUMS = 8 };
 #define TILE_LAST_ROWS 5 /* TILE_ROWS - 1, for the preprocessor */
 typedef __m256 vf;
 
@@ -65,6 +65,11 @@ static inline float vf_sum(vf v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+/* The sums of four vectors. */
+static inline void vf_sum4(float *to, vf a, vf b, vf c, vf d) {
+  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 static inline float vf_highest(vf v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

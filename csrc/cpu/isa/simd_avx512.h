@@ -3,7 +3,7 @@
 
 #include "core/half.h"
 
-enum { VF_LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4 };
+enum { VF_LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4, DOT_HEADS = 4, FEW_SUMS = 16 };
 #define TILE_LAST_ROWS 5 /* TILE_ROWS - 1, for the preprocessor */
 typedef __m512 vf;
 
@@ -56,6 +56,14 @@ static inline void vf_store_float16(uint16_t *p, vf v) {
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline float vf_sum(vf v) { return _mm512_reduce_add_ps(v); }
+/* The sums of four vectors. */
+static inline void vf_sum4(float *to, vf a, vf b, vf c, vf d) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 static inline float vf_highest(vf v) { return _mm512_reduce_max_ps(v); }
 static inline float vf_lowest(vf v) { return _mm512_reduce_min_ps(v); }
 /* s where from <= position < until, else -inf. */

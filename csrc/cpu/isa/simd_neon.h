@@ -3,7 +3,7 @@
 
 #include "core/half.h"
 
-enum { VF_LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 4 };
+enum { VF_LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 4, DOT_HEADS = 4, FEW_SUMS = 16 };
 #define TILE_LAST_ROWS 5 /* TILE_ROWS - 1, for the preprocessor */
 typedef float32x4_t vf;
 
@@ -52,6 +52,10 @@ static inline vf vf_load_float16(const uint16_t *p) { return vcvt_f32_f16(vreint
 static inline void vf_store_bfloat16(uint16_t *p, vf v) { vst1_u16(p, vshrn_n_u32(rounded_bits(v), 16)); }
 static inline void vf_store_float16(uint16_t *p, vf v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 static inline float vf_sum(vf v) { return vaddvq_f32(v); }
+/* The sums of four vectors. */
+static inline void vf_sum4(float *to, vf a, vf b, vf c, vf d) {
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+}
 static inline float vf_highest(vf v) { return vmaxvq_f32(v); }
 static inline float vf_lowest(vf v) { return vminvq_f32(v); }
 /* s where from <= position < until, else -inf. */

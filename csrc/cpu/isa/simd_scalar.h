@@ -3,7 +3,7 @@
 
 #include "core/half.h"
 
-enum { VF_LANES = 1, TILE_ROWS = 4, TILE_VECTORS = 8 };
+enum { VF_LANES = 1, TILE_ROWS = 4, TILE_VECTORS = 8, DOT_HEADS = 1, FEW_SUMS = 8 };
 #define TILE_LAST_ROWS 3 /* TILE_ROWS - 1, for the preprocessor */
 typedef float vf;
 
@@ -36,6 +36,13 @@ static inline vf vf_load_float16(const uint16_t *p) { return lola_from_float16(*
 static inline void vf_store_bfloat16(uint16_t *p, vf v) { *p = lola_to_bfloat16(v); }
 static inline void vf_store_float16(uint16_t *p, vf v) { *p = lola_to_float16(v); }
 static inline float vf_sum(vf v) { return v; }
+/* The sums of four vectors. */
+static inline void vf_sum4(float *to, vf a, vf b, vf c, vf d) {
+  to[0] = a;
+  to[1] = b;
+  to[2] = c;
+  to[3] = d;
+}
 static inline float vf_highest(vf v) { return v; }
 static inline float vf_lowest(vf v) { return v; }
 /* s where from <= position < until, else -inf. */

@@ -85,6 +85,28 @@ typedef struct lola_array {
 
 /* --- the cache ------------------------------------------------------------------------------ */
 
+/* A device's memory, as far as a cache needs it; who creates the cache fills it. Functions queue their work, one after
+ * the other, but for `write` and `read`, which return when it is done; they take host addresses where they say so, and
+ * device addresses otherwise. The copies move `rows` rows of `bytes` bytes, which lie a pitch apart. */
+typedef struct lola_memory lola_memory;
+struct lola_memory {
+  int device;
+  lola_status (*allocate)(const lola_memory *memory, int64_t bytes, void **data, lola_message *message); /* zeroed */
+  void (*release)(const lola_memory *memory, void *data);
+  lola_status (*zero)(const lola_memory *memory, void *data, int64_t bytes, lola_message *message);
+  /* -1 into each of `chunks`, `first`, first + 1, .. into `row_ids`. */
+  lola_status (*begin)(const lola_memory *memory, int64_t *chunks, int64_t *row_ids, int64_t first, int64_t rows,
+                       lola_message *message);
+  lola_status (*move)(const lola_memory *memory, void *target, int64_t target_pitch, const void *source,
+                      int64_t source_pitch, int64_t bytes, int64_t rows, lola_message *message);
+  /* from the host */
+  lola_status (*write)(const lola_memory *memory, void *target, int64_t target_pitch, const void *source,
+                       int64_t source_pitch, int64_t bytes, int64_t rows, lola_message *message);
+  /* to the host */
+  lola_status (*read)(const lola_memory *memory, void *target, int64_t target_pitch, const void *source,
+                      int64_t source_pitch, int64_t bytes, int64_t rows, lola_message *message);
+};
+
 /* One buffer of a cache: `data` is a dense array whose first axis is the batch. */
 typedef enum lola_buffer_kind { LOLA_BUFFER_FLOAT = 0, LOLA_BUFFER_INT64 = 1 } lola_buffer_kind;
 
@@ -107,6 +129,9 @@ typedef struct lola_cache {
   int64_t sets;        /* S */
   int64_t ring;        /* R */
   int stores_features; /* 1 once bound to a caller's own features */
+
+  const lola_memory *memory; /* where the buffers lie; NULL: the host's */
+  int device;                /* its number; -1: the host */
 
   int64_t *tokens_seen;      /* (B,) */
   int64_t *chunks;           /* (B,) chunk whose update is done; -1 before the first token */
@@ -137,9 +162,10 @@ typedef struct lola_cache {
 lola_status lola_config_check(const lola_config *config, lola_message *message);
 lola_status lola_shape_check(const lola_config *config, const lola_shape *shape, lola_message *message);
 
-/* Allocates an empty cache (row ids 0 .. B-1). `*cache` is NULL on failure. */
-lola_status lola_cache_create(const lola_config *config, const lola_shape *shape, lola_cache **cache,
-                              lola_message *message);
+/* Allocates an empty cache (row ids 0 .. B-1) in `memory`, which must outlive it; NULL: the host's. `*cache` is NULL on
+ * failure. The functions below work on caches of any memory, where they do not say otherwise. */
+lola_status lola_cache_create(const lola_config *config, const lola_shape *shape, const lola_memory *memory,
+                              lola_cache **cache, lola_message *message);
 void lola_cache_destroy(lola_cache *cache);
 /* Adds the buffers that hold a caller's own features (allowed while no token was seen). */
 lola_status lola_cache_store_features(lola_cache *cache, lola_message *message);
@@ -148,15 +174,16 @@ void lola_cache_drop_features(lola_cache *cache);
 /* Bytes of all buffers. */
 int64_t lola_cache_nbytes(const lola_cache *cache);
 /* target row i becomes source row rows[i]; both of one configuration and shape but for the batch;
- * target->shape.batch entries in `rows`, each in range. Not for target == source. */
-void lola_cache_gather(lola_cache *target, const lola_cache *source, const int64_t *rows);
-/* Empties the given rows; row ids return to the row's index. */
-void lola_cache_reset(lola_cache *cache, const int64_t *rows, int64_t count);
+ * target->shape.batch entries in `rows`, each in range. Not for target == source. One of the two may lie on the host
+ * and the other on a device; both on a device share its `memory`'s order. Never fails on the host. */
+lola_status lola_cache_gather(lola_cache *target, const lola_cache *source, const int64_t *rows, lola_message *message);
+/* Empties the given rows; row ids return to the row's index. Never fails on the host. */
+lola_status lola_cache_reset(lola_cache *cache, const int64_t *rows, int64_t count, lola_message *message);
 /* Forgets positions >= tokens in every row; a row may go back to the start of its current chunk. */
 lola_status lola_cache_crop(lola_cache *cache, int64_t tokens, lola_message *message);
-/* First position held in a row's window; the window is first .. tokens_seen - 1. */
-int64_t lola_cache_window_start(const lola_cache *cache, int64_t row);
-/* What a loaded cache must satisfy: counters within their ranges and of each other. */
+/* First position held in the window of a row in chunk `chunk`; the window is first .. tokens_seen - 1. */
+int64_t lola_cache_window_start(const lola_cache *cache, int64_t chunk);
+/* What a loaded cache must satisfy: counters within their ranges and of each other. On the host only. */
 lola_status lola_cache_check(const lola_cache *cache, lola_message *message);
 
 /* --- attention ------------------------------------------------------------------------------ */

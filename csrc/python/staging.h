@@ -1,0 +1,20 @@
+/* Host arrays on their way to a device and back: through page-locked memory, which is kept and grows on demand, so that
+ * the device copies at its own speed while other pieces are packed and computed. */
+#ifndef LOLA_PYTHON_STAGING_H
+#define LOLA_PYTHON_STAGING_H
+
+#include "attention.h"
+#include "core/message.h"
+
+/* The arrays of a call on NumPy memory, piece by piece; `raw` holds everything but them and what enters which row.
+ * Called without the GIL. Waits until the results are there. */
+lola_status staged_attention(call *call, const lola_cuda_call *raw, lola_message *message);
+lola_status check_on_device(const call *call, const lola_cuda_call *raw, lola_message *message);
+
+/* Dense host memory to the device and back, in the stream's order; both return when the host's memory is free. */
+lola_status stage_in(device *device, void *stream, void *target, const void *source, int64_t bytes,
+                     lola_message *message);
+lola_status stage_out(device *device, void *stream, void *target, const void *source, int64_t bytes,
+                      lola_message *message);
+
+#endif
