@@ -84,28 +84,30 @@ lola_status choose_mma(const lola_device_segment &g, const segment_grid &grid, c
              : launch_mma<T, 64, 2, 64, 2>(g, grid, stream, message);
 }
 
-template <typename T, int DP, int WGS>
+template <typename T, int DP, int WGS, int SUBS>
 lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
                          lola_message *message) {
-  using layout = wgmma_layout<DP, WGS>;
+  using layout = wgmma_layout<DP, WGS, SUBS>;
   int tiles = (grid.rows + layout::M - 1) / layout::M;
   int64_t items = grid.lists * grid.parts * tiles, blocks = attribute(cudaDevAttrMultiProcessorCount) * layout::BLOCKS;
   if (items > INT32_MAX) return too_large(message);
   if (blocks > items) blocks = items;
-  auto kernel = attend_wgmma_kernel<T, DP, WGS>;
+  auto kernel = attend_wgmma_kernel<T, DP, WGS, SUBS>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
   kernel<<<static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES, stream>>>(g, scale_of(g.scale), grid.parts,
                                                                                     tiles, items);
   return lola_cuda_launched("attend_wgmma", message);
 }
 
-template <typename T>
+/* Blocks of 64, 128 or 256 rows: the more rows, the fewer copies of the same pairs. 256 rows take about 0.8 times as
+ * long as twice 128. */
+template <typename T, int DP>
 lola_status choose_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
                          lola_message *message) {
-  bool few = grid.rows <= 64;
-  if (g.D == 128)
-    return few ? launch_wgmma<T, 128, 1>(g, grid, stream, message) : launch_wgmma<T, 128, 2>(g, grid, stream, message);
-  return few ? launch_wgmma<T, 64, 1>(g, grid, stream, message) : launch_wgmma<T, 64, 2>(g, grid, stream, message);
+  if (grid.rows <= 64) return launch_wgmma<T, DP, 1, 1>(g, grid, stream, message);
+  int halves = (grid.rows + 127) / 128, wholes = (grid.rows + 255) / 256;
+  if (wholes * 2 * 4 <= halves * 5) return launch_wgmma<T, DP, 2, 2>(g, grid, stream, message);
+  return launch_wgmma<T, DP, 2, 1>(g, grid, stream, message);
 }
 
 bool has_mma(const lola_device_segment &g) {
@@ -118,11 +120,11 @@ bool has_wgmma(const lola_device_segment &g) {
   if (first_choice > 0 || g.D != g.Dv || (g.D != 64 && g.D != 128) || !aligned(g.q, g.B > 1, g.Hq > 1)) return false;
   if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, attend_wgmma_kernel<__nv_bfloat16, 64, 1>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&attributes, attend_wgmma_kernel<__nv_bfloat16, 64, 1, 1>) != cudaSuccess) {
     cudaGetLastError();
     return false;
   }
-  return attributes.maxThreadsPerBlock >= wgmma_layout<64, 1>::THREADS;
+  return attributes.maxThreadsPerBlock >= wgmma_layout<64, 1, 1>::THREADS;
 }
 
 template <class Blocks>
@@ -140,9 +142,12 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStr
   if (!grid.lists || !grid.parts || !g.B) return LOLA_OK;
   if (has_mma(g)) {
     bool half = g.dtype == LOLA_FLOAT16;
+    if (has_wgmma(g) && g.D == 128)
+      return half ? choose_wgmma<__half, 128>(g, grid, stream, message)
+                  : choose_wgmma<__nv_bfloat16, 128>(g, grid, stream, message);
     if (has_wgmma(g))
-      return half ? choose_wgmma<__half>(g, grid, stream, message)
-                  : choose_wgmma<__nv_bfloat16>(g, grid, stream, message);
+      return half ? choose_wgmma<__half, 64>(g, grid, stream, message)
+                  : choose_wgmma<__nv_bfloat16, 64>(g, grid, stream, message);
     return half ? choose_mma<__half>(g, grid, stream, message) : choose_mma<__nv_bfloat16>(g, grid, stream, message);
   }
   return launch_generic(segment_blocks{g, grid.parts}, grid.lists * grid.parts * g.rs, stream, message);

@@ -112,14 +112,19 @@ __device__ __forceinline__ int pair_place(const pair_places &places, int code, i
   return 2;
 }
 
-__device__ __forceinline__ const char *pair_key(const pair_places &places, int code) {
+__device__ __forceinline__ const char *pair_row(const pair_places &places, bool value, int code) {
   int index, place = pair_place(places, code, &index);
-  return places.key[place] + index * places.key_stride[place];
+  const char *const *rows = value ? places.value : places.key;
+  const int64_t *strides = value ? places.value_stride : places.key_stride;
+  return rows[place] + index * strides[place];
+}
+
+__device__ __forceinline__ const char *pair_key(const pair_places &places, int code) {
+  return pair_row(places, false, code);
 }
 
 __device__ __forceinline__ const char *pair_value(const pair_places &places, int code) {
-  int index, place = pair_place(places, code, &index);
-  return places.value[place] + index * places.value_stride[place];
+  return pair_row(places, true, code);
 }
 
 /* --- the end of a row of the tensor-core kernels ------------------------------------------------------------------ */
@@ -178,35 +183,34 @@ __device__ __forceinline__ row_end end_of_row(const lola_device_segment &g, cons
   return end;
 }
 
-/* A lane's part of recalled: columns 2i and 2i + 1 of each 8 for lane i of 4. */
-template <int N> __device__ __forceinline__ void load_recalled(const row_end &end, int Dv, float2 (&n)[N]) {
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    n[j] = make_float2(0, 0);
-    if (end.recalled && j * 8 < Dv)
-      n[j] = *reinterpret_cast<const float2 *>(end.recalled + j * 8 + (threadIdx.x & 3) * 2);
-  }
-}
-
 /* Finishes rows `half` (0: c[.][0..1], 1: c[.][2..3]) of a warp's 16 x Dv sums: mixes them with the linear term and
- * stores them. Lanes 4i .. 4i+3 hold one row. m: its maximum in base 2, l: this lane's part of its sum. For a whole
- * warp, with rows that are none too. */
-template <typename T, int N>
+ * stores them. Lanes 4i .. 4i+3 hold one row, lane i columns 2i and 2i + 1 of each 8: recalled(j) gives those of the
+ * j-th 8. m: the row's maximum in base 2, l: this lane's part of its sum; c and l are to be multiplied by `unit`. For a
+ * whole warp, with rows that are none too. */
+template <typename T, int N, class Recalled>
 __device__ __forceinline__ void finish_row(lola_mixing mixing, const row_end &end, int Dv, int half,
-                                           const float (&c)[N][4], const float2 (&n)[N], float m, float l) {
+                                           const float (&c)[N][4], float m, float l, float unit,
+                                           const Recalled &recalled) {
   l += __shfl_xor_sync(0xffffffffu, l, 1);
   l += __shfl_xor_sync(0xffffffffu, l, 2);
-  const lola_device_weights w = lola_device_mix(mixing, end.gate, m, l, end.z);
+  lola_device_weights w = lola_device_mix(mixing, end.gate, m, l * unit, end.z);
+  w.softmax *= unit;
   const int quad = threadIdx.x & 3;
   const bool vector = reinterpret_cast<uintptr_t>(end.out) % 16 == 0;
   if (end.share && quad == 0) *end.share = w.share;
 #pragma unroll
   for (int group = 0; group < N; group += 4) {
+    float2 n[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      n[j] = make_float2(0, 0);
+      if (end.recalled && (group + j) * 8 < Dv) n[j] = recalled(group + j);
+    }
     uint32_t x[4];
 #pragma unroll
     for (int j = 0; j < 4; j++)
-      x[j] = pack<T>(w.softmax * c[group + j][half * 2] + w.linear * n[group + j].x,
-                     w.softmax * c[group + j][half * 2 + 1] + w.linear * n[group + j].y);
+      x[j] = pack<T>(w.softmax * c[group + j][half * 2] + w.linear * n[j].x,
+                     w.softmax * c[group + j][half * 2 + 1] + w.linear * n[j].y);
     transpose_quad(x);
     const int column = (group + quad) * 8;
     if (!end.out || column >= Dv) continue;

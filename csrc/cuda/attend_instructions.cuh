@@ -170,6 +170,18 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int panel
                : LOLA_ACCUMULATORS_16(c, 0), LOLA_ACCUMULATORS_16(c, 4)                                                \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(transposed)                  \
                : "memory")
+#define LOLA_WGMMA_SHARED_64(type, c, a, b, accumulate)                                                                \
+  asm volatile("{\n"                                                                                                   \
+               ".reg .pred p;\n"                                                                                       \
+               "setp.ne.b32 p, %34, 0;\n"                                                                              \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                                         \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                     \
+               "%32, %33, p, 1, 1, 0, 0;\n"                                                                            \
+               "}"                                                                                                     \
+               : LOLA_ACCUMULATORS_16(c, 0), LOLA_ACCUMULATORS_16(c, 4)                                                \
+               : "l"(a), "l"(b), "r"(accumulate)                                                                       \
+               : "memory")
 #define LOLA_WGMMA_128(type, c, a, b, accumulate, transposed)                                                          \
   asm volatile("{\n"                                                                                                   \
                ".reg .pred p;\n"                                                                                       \
@@ -197,7 +209,17 @@ __device__ __forceinline__ void wgmma(float (&c)[N][4], const uint32_t (&a)[4], 
   if constexpr (N == 16 && !__is_same(T, __half)) LOLA_WGMMA_128("bf16", c, a, b, accumulate, TRANSPOSED);
 }
 
+/* The same for N = 8 with A in shared memory as well, its panels along the sum as B's. */
+template <typename T>
+__device__ __forceinline__ void wgmma_shared(float (&c)[8][4], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (__is_same(T, __half))
+    LOLA_WGMMA_SHARED_64("f16", c, a, b, accumulate);
+  else
+    LOLA_WGMMA_SHARED_64("bf16", c, a, b, accumulate);
+}
+
 #undef LOLA_WGMMA_64
+#undef LOLA_WGMMA_SHARED_64
 #undef LOLA_WGMMA_128
 #undef LOLA_ACCUMULATORS_16
 #undef LOLA_ACCUMULATORS_4

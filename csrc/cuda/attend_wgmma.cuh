@@ -2,9 +2,10 @@
  *
  * A block of threads stays on its multiprocessor and works through query blocks. One warpgroup, the producer, looks up
  * where pairs lie and copies their keys and values into a ring of STAGES tiles of 64 pairs, ahead of the others and
- * across query blocks. WGS consumers hold 64 rows (token, head) each: S = Q K^T with Q in registers, O += P V with P in
- * registers, the next tile's logits computed while this one's values are summed. Row i is head i % rs of token i / rs.
- * D = Dv = DP. Copies are in no order with wgmma's reads by themselves, hence the fence after each barrier. */
+ * across query blocks; after a query block's pairs come its rows of `recalled`, 64 a tile. WGS consumers hold SUBS times
+ * 64 rows (token, head) each: S = Q K^T, O += P V with P in registers, the logits of the next 64 x 64 computed while
+ * these values are summed, exponents from a maximum that follows the true one in steps. Row i is head i % rs of token
+ * i / rs. D = Dv = DP. */
 #ifndef LOLA_CUDA_ATTEND_WGMMA_CUH
 #define LOLA_CUDA_ATTEND_WGMMA_CUH
 
@@ -13,28 +14,41 @@
 namespace {
 
 constexpr int WGMMA_PAIRS = 64;
+/* Copies (generic proxy) are in no order with wgmma's reads (async proxy) by themselves: a fence after each barrier. */
+constexpr bool WGMMA_COPY_FENCE = true;
+/* Sums are rescaled when a row's maximum has grown by more than this, in base 2: exponentials stay below 2^8. */
+constexpr float WGMMA_RISE = 8;
+/* Below every logit, and finite: a tile without a visible pair leaves the sums alone. */
+constexpr float WGMMA_LOWEST = -1e30f;
 
 /* What the producer tells the consumers about a query block. */
 struct wgmma_item {
   block_end end;
   int first_row, rows; /* the part of the block's rows */
   int seen, tiles;     /* pairs that the block's first token sees; tiles of pairs */
+  int recalled;        /* tiles of recalled */
   bool stop;           /* no more */
 };
 
-template <int DP, int WGS> struct wgmma_layout {
-  static constexpr int THREADS = 128 * (WGS + 1), BLOCKS = WGS == 1 ? 2 : 1, M = 64 * WGS;
-  static constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = WGS == 1 ? 200 : 224;
-  static_assert(BLOCKS * 128 * (WGS * CONSUMER_REGISTERS + PRODUCER_REGISTERS) <= 65536);
+template <int DP, int WGS, int SUBS> struct wgmma_layout {
+  static constexpr int THREADS = 128 * (WGS + 1), BLOCKS = WGS == 1 ? 2 : 1, M = 64 * WGS * SUBS;
+  static constexpr int PRODUCER_REGISTERS = SUBS == 2 ? 40 : 56,
+                       CONSUMER_REGISTERS = SUBS == 2 ? 232 : WGS == 1 ? 200 : 224;
+  /* What a launch gives all threads, to be dealt out anew. */
+  static constexpr int LAUNCH_REGISTERS = 65536 / (BLOCKS * THREADS) / 8 * 8;
+  static_assert(WGS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WGS + 1) * LAUNCH_REGISTERS);
   static constexpr int STAGES = DP == 128 ? (WGS == 1 ? 3 : 5) : (WGS == 1 ? 5 : 8);
   /* Two consumers queue their products in turn, so that one's softmax runs beside the other's products. */
-  static constexpr bool TURNS = WGS == 2;
-  static constexpr int TILE_BYTES = WGMMA_PAIRS * DP * 2;
-  static constexpr int K = M * DP * 2, V = K + STAGES * TILE_BYTES, BARRIERS = V + STAGES * TILE_BYTES;
+  static constexpr bool TURNS = WGS == 2 && SUBS == 1;
+  /* Queries that fit the registers are read once, and their place is free for the next block's. */
+  static constexpr bool HELD = SUBS == 1;
+  static constexpr int TILE_BYTES = WGMMA_PAIRS * DP * 2; /* of keys, of values, and of 64 rows of queries */
+  static constexpr int STAGE_BYTES = 2 * TILE_BYTES;      /* keys and values, or 64 rows of recalled */
+  static constexpr int RING = M * DP * 2, BARRIERS = RING + STAGES * STAGE_BYTES;
   /* Barriers of 8 bytes: keys, values and queries have come, and their places are free. */
   static constexpr int K_FULL = BARRIERS, V_FULL = K_FULL + 8 * STAGES, K_EMPTY = V_FULL + 8 * STAGES,
                        V_EMPTY = K_EMPTY + 8 * STAGES, Q_FULL = V_EMPTY + 8 * STAGES, Q_EMPTY = Q_FULL + 8;
-  static constexpr int ITEM = Q_EMPTY + 8, PLACES = ITEM + static_cast<int>(sizeof(wgmma_item));
+  static constexpr int ITEMS = Q_EMPTY + 8, PLACES = ITEMS + 2 * static_cast<int>(sizeof(wgmma_item));
   static constexpr int BYTES = PLACES + 4 * static_cast<int>(sizeof(pair_places));
 };
 
@@ -52,17 +66,49 @@ template <int STAGES> struct ring_place {
   }
 };
 
-template <int DP, int WGS>
+/* Byte offset of 16-byte piece c of row i in a tile of recalled, such that no bank serves two of finish_row's lanes. */
+template <int DP> __device__ __forceinline__ uint32_t recalled_offset(int i, int c) {
+  return i * DP * 4 + ((c ^ ((i & 3) << 1)) << 4);
+}
+
+/* A warp's 16 rows of a tile of 64 rows of DP 16-bit numbers; lane `lane_of_first` + i knows where row i comes from. */
+template <int DP> __device__ __forceinline__ void copy_rows(uint32_t tile, const char *from, int lane_of_first) {
+  constexpr int PIECES = DP / 8, ROWS = 32 / PIECES; /* rows that a warp copies at once */
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES;
+#pragma unroll
+  for (int i = 0; i < 16 / ROWS; i++) {
+    const int row = i * ROWS + lane / PIECES;
+    const char *source = reinterpret_cast<const char *>(
+        __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(from), lane_of_first + row));
+    cp_async(tile + tile_offset(WGMMA_PAIRS, warp * 16 + row, piece), source + piece * 16);
+  }
+}
+
+/* The same of recalled; lane i knows row i, NULL where there is none. */
+template <int DP> __device__ __forceinline__ void copy_recalled(uint32_t tile, const char *from) {
+  constexpr int PIECES = DP / 4, ROWS = 32 / PIECES;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES;
+#pragma unroll
+  for (int i = 0; i < 16 / ROWS; i++) {
+    const int row = i * ROWS + lane / PIECES;
+    const char *source = reinterpret_cast<const char *>(
+        __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(from), row));
+    if (source) cp_async(tile + recalled_offset<DP>(warp * 16 + row, piece), source + piece * 16);
+  }
+}
+
+template <int DP, int WGS, int SUBS>
 __device__ __forceinline__ void wgmma_produce(const lola_device_segment &g, int parts, int row_tiles, int64_t items,
                                               unsigned char *shared) {
-  using layout = wgmma_layout<DP, WGS>;
-  constexpr int M = layout::M, PIECES = DP / 8, ROWS = 32 / PIECES; /* rows that a warp copies at once */
+  using layout = wgmma_layout<DP, WGS, SUBS>;
+  constexpr int M = layout::M;
   const uint32_t base = shared_address(shared);
-  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, piece = lane % PIECES;
+  /* Warp w copies rows 16 w .. 16 w + 15 of each tile; lanes below 16 look up keys, the others values. */
+  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, own = warp * 16 + lane % 16;
   pair_places &places = reinterpret_cast<pair_places *>(shared + layout::PLACES)[warp];
-  wgmma_item *mailbox = reinterpret_cast<wgmma_item *>(shared + layout::ITEM);
+  wgmma_item *mailbox = reinterpret_cast<wgmma_item *>(shared + layout::ITEMS);
   ring_place<layout::STAGES> at;
-  uint32_t q_parity = 1;
+  uint32_t q_parity = 1, letter = 0;
   for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
     int left = static_cast<int>(index);
     const int first_row = left % row_tiles * M;
@@ -76,123 +122,231 @@ __device__ __forceinline__ void wgmma_produce(const lola_device_segment &g, int 
     const int rows = min(block.tokens * g.rs - first_row, M);
     const int pairs = block.seen + (first_row + rows - 1) / g.rs;
     const int tiles = (pairs + WGMMA_PAIRS - 1) / WGMMA_PAIRS;
+    const int recalled = g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : (rows + 63) / 64, slots = tiles + recalled;
 
     __syncwarp();
     if (lane == 0) place_pairs(g, block, &places);
     __syncwarp();
-    /* Warp w copies pairs 16 w .. 16 w + 15 of each tile; the lanes below 16 look up keys, the others values. */
-    const int pair = warp * 16 + lane % 16;
-    int code = pair_code(places, min(pair, pairs - 1));
-
-    barrier_wait(base + layout::Q_EMPTY, q_parity);
-    q_parity ^= 1;
-    for (int i = thread; i < M * PIECES; i += 128) {
-      const int row = i / PIECES, token = (first_row + row) / g.rs, head = (first_row + row) % g.rs;
-      if (row < rows)
-        cp_async(base + tile_offset(M, row, i % PIECES),
-                 lola_device_at(g.q, span.batch, span.first + block.first + token, set * g.rs + head) +
-                     i % PIECES * 16);
-    }
-    barrier_arrive_after_copies(base + layout::Q_FULL);
-    if (thread == 0) {
-      *mailbox = wgmma_item{end_of(g, block), first_row, rows, block.seen, tiles, false};
-      barrier_arrive(base + layout::Q_FULL);
-    }
-
-    for (int tile = 0; tile < tiles; tile++, at.advance()) {
-      const char *mine = lane < 16 ? pair_key(places, code) : pair_value(places, code);
-      if (tile + 1 < tiles) code = pair_code(places, min((tile + 1) * WGMMA_PAIRS + pair, pairs - 1));
+    const auto query_row = [&](int row) {
+      const int token = (first_row + row) / g.rs, head = (first_row + row) % g.rs;
+      return lola_device_at(g.q, span.batch, span.first + block.first + token, set * g.rs + head);
+    };
+    /* Index of a row in z and recalled. */
+    const auto linear_row = [&](int row) {
+      const int token = (first_row + row) / g.rs, head = (first_row + row) % g.rs;
+      return (static_cast<int64_t>(span.token) + block.first + token) * g.Hq + set * g.rs + head;
+    };
+    /* The queries' place is free after the block before: until then pairs come first. */
+    const int queries_at = layout::HELD ? 0 : min(layout::STAGES - 1, tiles - 1);
+    if (!layout::HELD)
+      for (int i = thread; i < rows; i += 128)
 #pragma unroll
-      for (int values = 0; values < 2; values++) {
-        const uint32_t target = base + (values ? layout::V : layout::K) + at.stage * layout::TILE_BYTES;
-        barrier_wait(base + (values ? layout::V_EMPTY : layout::K_EMPTY) + 8 * at.stage, at.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < 16 / ROWS; i++) {
-          const int row = i * ROWS + lane / PIECES;
-          const char *from = reinterpret_cast<const char *>(
-              __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(mine), values * 16 + row));
-          cp_async(target + tile_offset(WGMMA_PAIRS, warp * 16 + row, piece), from + piece * 16);
+        for (int j = 0; j < DP * 2; j += 128) prefetch_l2(query_row(i) + j);
+
+    /* What this lane's address depends on is read one tile ahead: a pair's code, or a row's z. */
+    int code = 0;
+    float z = 0;
+    const auto look_up = [&](int slot) {
+      const int row = (slot - tiles) * 64 + own;
+      if (slot < tiles) code = pair_code(places, min(slot * WGMMA_PAIRS + own, pairs - 1));
+      if (slot >= tiles) z = row < rows ? g.z[linear_row(row)] : 0;
+    };
+    look_up(0);
+    for (int slot = 0; slot < slots; slot++, at.advance()) {
+      if (slot == queries_at) {
+        barrier_wait(base + layout::Q_EMPTY, q_parity);
+        q_parity ^= 1;
+        for (int i = 0; i < rows; i += 64)
+          copy_rows<DP>(base + i / 64 * layout::TILE_BYTES, query_row(min(i + own, rows - 1)), 0);
+        barrier_arrive_after_copies(base + layout::Q_FULL);
+        if (thread == 0) {
+          mailbox[letter] = wgmma_item{end_of(g, block), first_row, rows, block.seen, tiles, recalled, false};
+          barrier_arrive(base + layout::Q_FULL);
         }
-        barrier_arrive_after_copies(base + (values ? layout::V_FULL : layout::K_FULL) + 8 * at.stage);
+        letter ^= 1;
       }
-    }
-
-    /* What the consumers will need of the linear term at their end. */
-    if (g.mixing != LOLA_MIXING_CACHE_ONLY && thread < rows) {
-      const int token = (first_row + thread) / g.rs, head = set * g.rs + (first_row + thread) % g.rs;
-      const float *recalled =
-          g.recalled + ((static_cast<int64_t>(span.token) + block.first + token) * g.Hq + head) * DP;
+      const uint32_t stage = base + layout::RING + at.stage * layout::STAGE_BYTES;
+      const uint32_t full[2] = {base + layout::K_FULL + 8 * at.stage, base + layout::V_FULL + 8 * at.stage};
+      const uint32_t empty[2] = {base + layout::K_EMPTY + 8 * at.stage, base + layout::V_EMPTY + 8 * at.stage};
+      if (slot < tiles) {
+        const char *from = pair_row(places, lane >= 16, code);
+        if (slot + 1 < slots) look_up(slot + 1);
 #pragma unroll
-      for (int i = 0; i < DP; i += 32) prefetch_l2(recalled + i);
+        for (int values = 0; values < 2; values++) {
+          barrier_wait(empty[values], at.parity ^ 1);
+          copy_rows<DP>(stage + values * layout::TILE_BYTES, from, values * 16);
+          barrier_arrive_after_copies(full[values]);
+        }
+      } else {
+        const float *from = z > 0 ? g.recalled + linear_row((slot - tiles) * 64 + own) * DP : nullptr;
+        if (slot + 1 < slots) look_up(slot + 1);
+        barrier_wait(empty[0], at.parity ^ 1);
+        barrier_wait(empty[1], at.parity ^ 1);
+        copy_recalled<DP>(stage, reinterpret_cast<const char *>(from));
+        barrier_arrive_after_copies(full[0]);
+        barrier_arrive_after_copies(full[1]);
+      }
     }
   }
   barrier_wait(base + layout::Q_EMPTY, q_parity);
   if (thread == 0) {
-    mailbox->stop = true;
+    mailbox[letter].stop = true;
     barrier_arrive(base + layout::Q_FULL);
   }
   barrier_arrive(base + layout::Q_FULL);
 }
 
-template <typename T, int DP, int WGS>
-__device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, const logit_scale &scale,
-                                              const unsigned char *shared) {
-  using layout = wgmma_layout<DP, WGS>;
-  constexpr int M = layout::M, N = WGMMA_PAIRS / 8, PANEL = WGMMA_PAIRS * 128;
-  const uint32_t base = shared_address(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32; /* the rows of warp w are 16 w .. 16 w + 15 */
-  const wgmma_item *mailbox = reinterpret_cast<const wgmma_item *>(shared + layout::ITEM);
-  const uint64_t keys = wgmma_descriptor(base + layout::K, 16),
-                 values = wgmma_descriptor(base + layout::V, PANEL); /* of stage 0 */
-  constexpr int STAGE = layout::TILE_BYTES / 16;
-  ring_place<layout::STAGES> at;
-  if (layout::TURNS && warp / 4 == 1) named_barrier_arrive(1, 256); /* the first turn is warpgroup 0's */
-  for (uint32_t q_parity = 0;; q_parity ^= 1) {
-    barrier_wait(base + layout::Q_FULL, q_parity);
-    const wgmma_item item = *mailbox;
-    if (item.stop) break;
-    uint32_t q[DP / 16][4];
-#pragma unroll
-    for (int k = 0; k < DP / 16; k++) {
-      ldmatrix(q[k], base + tile_offset(M, warp * 16 + lane % 16, k * 2 + lane / 16));
-#pragma unroll
-      for (int i = 0; i < 4; i++) q[k][i] = (q[k][i] & scale.keep) ^ scale.flip;
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(base + layout::Q_EMPTY);
+/* The softmax of a lane's two rows so far: their maxima (of unscaled logits), those that exponents are taken from, and
+ * this lane's parts of the sums. */
+struct softmax_state {
+  float high[2] = {WGMMA_LOWEST, WGMMA_LOWEST}, from[2] = {WGMMA_LOWEST, WGMMA_LOWEST}, sum[2] = {0, 0};
+};
 
-    /* This lane's rows: 16 w + lane / 4 and 8 more. A row without a query sees what the last one sees. */
-    int seen[2];
+/* Turns the logits of a tile into exponentials and adds them to the sums. `rescale`: what earlier sums must be
+ * multiplied by, 1 for most tiles. Exponents are factor * s - factor * from, the latter rounded once, the same in every
+ * tile. Needs factor > 0. */
+template <int N>
+__device__ __forceinline__ void softmax_rows(float (&s)[N][4], float factor, softmax_state *state,
+                                             float (&rescale)[2]) {
+  float high[2][4];
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float &most = high[i / 2][j % 2 * 2 + i % 2];
+      most = j < 2 ? s[j][i] : fmaxf(most, s[j][i]);
+    }
+  float base[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    high[half][0] = fmaxf(fmaxf(high[half][0], high[half][1]), fmaxf(high[half][2], high[half][3]));
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      seen[half] =
-          item.seen + (item.first_row + min(warp * 16 + lane / 4 + half * 8, item.rows - 1)) / g.rs - 2 * (lane % 4);
-    const int seen_by_all = item.seen + (item.first_row + min(warp * 16, item.rows - 1)) / g.rs;
+      high[half][0] = fmaxf(high[half][0], __shfl_xor_sync(0xffffffffu, high[half][0], distance));
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    state->high[half] = fmaxf(state->high[half], high[half][0]);
+    const float before = state->from[half];
+    if ((state->high[half] - before) * factor > WGMMA_RISE) state->from[half] = state->high[half];
+    base[half] = __fmul_rn(state->from[half], factor);
+    rescale[half] = power_of_two(__fsub_rn(__fmul_rn(before, factor), base[half]));
+  }
+  float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      s[j][i] = power_of_two(fmaf(s[j][i], factor, -base[i / 2]));
+      sum[i] += s[j][i];
+    }
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    state->sum[half] = state->sum[half] * rescale[half] + (sum[half * 2] + sum[half * 2 + 1]);
+}
 
-    float o[DP / 8][4] = {}, s[N][4], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, alpha[2];
+template <typename T, int DP, int WGS, int SUBS>
+__device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, const logit_scale &scale,
+                                              const unsigned char *shared) {
+  using layout = wgmma_layout<DP, WGS, SUBS>;
+  using place = ring_place<layout::STAGES>;
+  constexpr int N = WGMMA_PAIRS / 8, PANEL = WGMMA_PAIRS * 128;
+  constexpr int TILE = layout::TILE_BYTES / 16, STAGE = layout::STAGE_BYTES / 16; /* as descriptors count */
+  const uint32_t base = shared_address(shared);
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+  const wgmma_item *mailbox = reinterpret_cast<const wgmma_item *>(shared + layout::ITEMS);
+  /* Of warpgroup 0's first rows and of stage 0. */
+  const uint64_t queries = wgmma_descriptor(base, 16), keys = wgmma_descriptor(base + layout::RING, 16),
+                 values = wgmma_descriptor(base + layout::RING + layout::TILE_BYTES, PANEL);
+  const bool flip = scale.flip, odd_scale = flip || !scale.keep;
+  place at;
+  if (layout::TURNS && group == 1) named_barrier_arrive(1, 256); /* the first turn is warpgroup 0's */
+  for (uint32_t letter = 0;; letter ^= 1) {
+    barrier_wait(base + layout::Q_FULL, letter);
+    const wgmma_item &item = mailbox[letter];
+    if (item.stop) break;
+    const int tiles = item.tiles;
+    uint32_t q[layout::HELD ? DP / 16 : 1][4];
+    if constexpr (layout::HELD) {
+#pragma unroll
+      for (int k = 0; k < DP / 16; k++) {
+        ldmatrix(q[k], base + group * layout::TILE_BYTES +
+                           tile_offset(WGMMA_PAIRS, warp * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 4; i++) q[k][i] = (q[k][i] & scale.keep) ^ scale.flip;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(base + layout::Q_EMPTY);
+    }
+
+    /* This lane's rows of sub h: 64 (h WGS + group) + 16 warp + lane / 4 and 8 more. A row without a query sees what the
+     * last one sees. */
+    const auto row_of = [&](int h, int half) { return (h * WGS + group) * 64 + warp * 16 + lane / 4 + half * 8; };
+    int seen[SUBS][2], seen_by_all[SUBS];
+#pragma unroll
+    for (int h = 0; h < SUBS; h++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        seen[h][half] = item.seen + (item.first_row + min(row_of(h, half), item.rows - 1)) / g.rs - 2 * (lane % 4);
+      seen_by_all[h] =
+          item.seen + (item.first_row + min((h * WGS + group) * 64 + warp * 16, item.rows - 1)) / g.rs;
+    }
+
+    float o[SUBS][DP / 8][4] = {}, s[N][4], rescale[2];
     uint32_t p[N / 2][4];
-    const auto queue_logits = [&](const ring_place<layout::STAGES> &from) {
+    softmax_state state[SUBS];
+
+    const auto await = [&](int barriers, const place &from) {
+      barrier_wait(base + barriers + 8 * from.stage, from.parity);
+    };
+    const auto release = [&](int barriers, const place &from) {
+      if (lane == 0) barrier_arrive(base + barriers + 8 * from.stage);
+    };
+    const auto queue_logits = [&](int h, const place &from) {
       pin(s);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < DP / 16; k++)
-        wgmma<T, 0>(s, q[k], keys + from.stage * STAGE + (k / 4 * PANEL + k % 4 * 32) / 16, k > 0);
+      for (int k = 0; k < DP / 16; k++) {
+        const int step = (k / 4 * PANEL + k % 4 * 32) / 16;
+        if constexpr (layout::HELD)
+          wgmma<T, 0>(s, q[k], keys + from.stage * STAGE + step, k > 0);
+        else
+          wgmma_shared<T>(s, queries + (h * WGS + group) * TILE + step, keys + from.stage * STAGE + step, k > 0);
+      }
       wgmma_commit();
     };
-    const auto queue_sums = [&](const ring_place<layout::STAGES> &from) {
-      pin(o);
+    const auto queue_sums = [&](int h, const place &from) {
+      pin(o[h]);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < N / 2; k++) wgmma<T, 1>(o, p[k], values + from.stage * STAGE + k * 16 * 128 / 16, 1);
+      for (int k = 0; k < N / 2; k++) wgmma<T, 1>(o[h], p[k], values + from.stage * STAGE + k * 16 * 128 / 16, 1);
       wgmma_commit();
     };
-    const auto exponentials = [&](int tile) {
-      const bool masked = (tile + 1) * WGMMA_PAIRS > seen_by_all;
+    const auto exponentials = [&](int h, int tile) {
+      if (!layout::HELD && odd_scale) {
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        alpha[half] = softmax_row(s, half, masked, seen[half] - tile * WGMMA_PAIRS, scale.factor, &m[half], &l[half]);
+        for (int j = 0; j < N; j++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) s[j][i] = flip ? -s[j][i] : 0;
+      }
+      if ((tile + 1) * WGMMA_PAIRS > seen_by_all[h]) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (tile * WGMMA_PAIRS + j * 8 + i % 2 >= seen[h][i / 2]) s[j][i] = -INFINITY;
+      }
+      softmax_rows(s, scale.factor, &state[h], rescale);
     };
-    const auto pack_exponentials = [&]() {
+    /* After `exponentials`, when no product of o[h] or p is under way. */
+    const auto take_exponentials = [&](int h) {
+      if (__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) {
+#pragma unroll
+        for (int j = 0; j < DP / 8; j++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) o[h][j][i] *= rescale[i / 2];
+      }
 #pragma unroll
       for (int k = 0; k < N / 2; k++) {
         p[k][0] = pack<T>(s[2 * k][0], s[2 * k][1]);
@@ -201,67 +355,90 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
         p[k][3] = pack<T>(s[2 * k + 1][2], s[2 * k + 1][3]);
       }
     };
-
-    const auto await = [&](int barriers, const ring_place<layout::STAGES> &from) {
-      barrier_wait(base + barriers + 8 * from.stage, from.parity);
-    };
-    const auto release = [&](int barriers, const ring_place<layout::STAGES> &from) {
-      if (lane == 0) barrier_arrive(base + barriers + 8 * from.stage);
+    /* Queues the logits of sub h with the tile at `next` and the sums of sub `last` with that at `from`, and works on
+     * the former while the tensor cores do the latter. */
+    const auto step = [&](int h, const place &next, int tile, int last, const place &from) {
+      if (layout::TURNS) named_barrier_sync(1 + group, 256);
+      queue_logits(h, next);
+      queue_sums(last, from);
+      if (layout::TURNS) named_barrier_arrive(2 - group, 256);
+      wgmma_wait<1>();
+      pin(s);
+      if (h == SUBS - 1) release(layout::K_EMPTY, next);
+      exponentials(h, tile);
+      pin(s);
+      wgmma_wait<0>();
+      pin(o[last]);
+      if (last == SUBS - 1) release(layout::V_EMPTY, from);
+      take_exponentials(h);
     };
 
     await(layout::K_FULL, at);
-    fence_async_proxy();
-    queue_logits(at);
+    if (WGMMA_COPY_FENCE) fence_async_proxy();
+    queue_logits(0, at);
     wgmma_wait<0>();
     pin(s);
-    release(layout::K_EMPTY, at);
-    exponentials(0);
-    pack_exponentials();
-    for (int tile = 1; tile < item.tiles; tile++) {
-      const ring_place<layout::STAGES> before = at;
-      at.advance();
-      await(layout::V_FULL, before);
-      await(layout::K_FULL, at);
-      fence_async_proxy();
-      if (layout::TURNS) named_barrier_sync(1 + warp / 4, 256);
-      queue_logits(at);
-      queue_sums(before);
-      if (layout::TURNS) named_barrier_arrive(2 - warp / 4, 256);
-      wgmma_wait<1>();
-      pin(s);
-      release(layout::K_EMPTY, at);
-      exponentials(tile);
-      pin(s); /* all of it while the tensor cores work */
-      wgmma_wait<0>();
-      pin(o);
-      release(layout::V_EMPTY, before);
-#pragma unroll
-      for (int j = 0; j < DP / 8; j++) {
-        o[j][0] *= alpha[0];
-        o[j][1] *= alpha[0];
-        o[j][2] *= alpha[1];
-        o[j][3] *= alpha[1];
-      }
-      pack_exponentials();
-    }
+    if (SUBS == 1) release(layout::K_EMPTY, at);
+    exponentials(0, 0);
+    take_exponentials(0);
     await(layout::V_FULL, at);
-    fence_async_proxy();
-    queue_sums(at);
-    row_end end[2];
-    float2 n[2][DP / 8];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = warp * 16 + lane / 4 + half * 8;
-      end[half] = end_of_row(g, item.end, item.first_row + row, row < item.rows);
-      load_recalled(end[half], DP, n[half]);
+    if (SUBS == 2 && WGMMA_COPY_FENCE) fence_async_proxy();
+    for (int tile = 0;;) {
+      if constexpr (SUBS == 2) step(1, at, tile, 0, at);
+      if (++tile >= tiles) break;
+      const place before = at;
+      at.advance();
+      await(layout::K_FULL, at);
+      if (SUBS == 2) await(layout::V_FULL, at);
+      if (WGMMA_COPY_FENCE) fence_async_proxy();
+      step(0, at, tile, SUBS - 1, before);
+      if (SUBS == 1) await(layout::V_FULL, at);
     }
-    wgmma_wait<0>();
-    pin(o);
-    release(layout::V_EMPTY, at);
+    if (!layout::HELD && lane == 0) barrier_arrive(base + layout::Q_EMPTY);
+    if (SUBS == 1 && WGMMA_COPY_FENCE) fence_async_proxy();
+    queue_sums(SUBS - 1, at);
+
+    /* The linear term: the tiles of recalled are in the ring in order of rows. */
+    const int recalled_tiles = item.recalled;
+    const place last = at;
     at.advance();
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      finish_row<T>(g.mixing, end[half], DP, half, o, n[half], m[half] * scale.factor, l[half]);
+    for (int h = 0; h < SUBS; h++) {
+      row_end end[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        end[half] = end_of_row(g, item.end, item.first_row + row_of(h, half), row_of(h, half) < item.rows);
+      if (h == 0) {
+        wgmma_wait<0>();
+        pin(o[SUBS - 1]);
+        release(layout::V_EMPTY, last);
+      }
+#pragma unroll 1
+      for (int i = 0; i < WGS; i++) {
+        const bool has = h * WGS + i < recalled_tiles;
+        if (has) {
+          await(layout::K_FULL, at);
+          await(layout::V_FULL, at);
+        }
+        if (i == group) {
+          const unsigned char *tile = shared + layout::RING + at.stage * layout::STAGE_BYTES;
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            finish_row<T>(g.mixing, end[half], DP, half, o[h], state[h].high[half] * scale.factor, state[h].sum[half],
+                          power_of_two((state[h].from[half] - state[h].high[half]) * scale.factor), [&](int j) {
+                            return *reinterpret_cast<const float2 *>(
+                                tile + recalled_offset<DP>(warp * 16 + lane / 4 + half * 8, j * 2 + lane % 4 / 2) +
+                                lane % 2 * 8);
+                          });
+        }
+        if (has) {
+          __syncwarp();
+          release(layout::K_EMPTY, at);
+          release(layout::V_EMPTY, at);
+          at.advance();
+        }
+      }
+    }
   }
 }
 
@@ -274,13 +451,13 @@ constexpr bool WGMMA_EMPTY = true;
 constexpr bool WGMMA_EMPTY = false;
 #endif
 
-template <typename T, int DP, int WGS>
-__global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS>::THREADS,
-                                  WGMMA_EMPTY ? 1 : wgmma_layout<DP, WGS>::BLOCKS)
+template <typename T, int DP, int WGS, int SUBS>
+__global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS, SUBS>::THREADS,
+                                  WGMMA_EMPTY ? 1 : wgmma_layout<DP, WGS, SUBS>::BLOCKS)
     attend_wgmma_kernel(const __grid_constant__ lola_device_segment g, const logit_scale scale, int parts,
                         int row_tiles, int64_t items) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using layout = wgmma_layout<DP, WGS>;
+  using layout = wgmma_layout<DP, WGS, SUBS>;
   extern __shared__ __align__(1024) unsigned char shared[];
   if (threadIdx.x == 0) {
     const uint32_t base = shared_address(shared);
@@ -296,10 +473,10 @@ __global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS>::THRE
   __syncthreads();
   if (threadIdx.x / 128 == WGS) {
     give_registers<layout::PRODUCER_REGISTERS>();
-    wgmma_produce<DP, WGS>(g, parts, row_tiles, items, shared);
+    wgmma_produce<DP, WGS, SUBS>(g, parts, row_tiles, items, shared);
   } else {
     take_registers<layout::CONSUMER_REGISTERS>();
-    wgmma_consume<T, DP, WGS>(g, scale, shared);
+    wgmma_consume<T, DP, WGS, SUBS>(g, scale, shared);
   }
 #endif
 }

@@ -386,11 +386,14 @@ static PyObject *find_import(binding_state *state, PyObject *object) {
   Py_XDECREF(library);
   if (import) return import;
   PyErr_Clear();
-  /* CuPy's arrays of old name no namespace; their module has the function. */
-  const char *name = Py_TYPE(object)->tp_name, *dot = strchr(name, '.');
-  PyObject *root = dot ? PyUnicode_FromStringAndSize(name, dot - name) : NULL;
+  /* CuPy's arrays name no namespace; the module that their type names has the function. */
+  PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__module__");
+  const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : NULL,
+             *dot = name ? strchr(name, '.') : NULL;
+  PyObject *root = name ? PyUnicode_FromStringAndSize(name, dot ? dot - name : (Py_ssize_t)strlen(name)) : NULL;
   library = root ? PyImport_GetModule(root) : NULL;
   import = library ? PyObject_GetAttrString(library, "from_dlpack") : NULL;
+  Py_XDECREF(module);
   Py_XDECREF(root);
   Py_XDECREF(library);
   if (!import) PyErr_Clear();

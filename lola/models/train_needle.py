@@ -18,9 +18,9 @@ Every random number comes from a fixed seed and the step's number, so a stage th
 checkpoint was (start it again), and a second run sees the same data. Sums on a GPU are not reproducible to the last bit, so
 neither are the weights.
 
-The attention below (``plan``, ``attend``, ``Decoder``) is a plain PyTorch statement of LoLA (arXiv 2505.23666, Eq. 10, 12-14)
-for batches on a GPU: chunked window, sparse cache per query head ranked by self-recall error, hidden state for the rest.
-It is differentiable but for the choice of what to keep.
+The attention is ``lola.torch.hybrid``'s, LoLA (arXiv 2505.23666, Eq. 10, 12-14) in differentiable PyTorch, the training loop
+``lola.torch.loop``'s; ``lola.torch.distill`` trains adapters like these for any Llama of Hugging Face. ``Decoder`` decodes batches of
+samples on a GPU.
 
 Needs torch and safetensors. ``--tiny`` runs everything on a toy size within a minute on a CPU.
 """
@@ -40,8 +40,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import lola
 from lola.eval import tasks
 from lola.eval.text import bundled
+from lola.torch import distill, loop
+from lola.torch.hybrid import attend, hedgehog, mix, plan, self_recall, softmax_attention, states, take
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
@@ -252,14 +255,13 @@ def make_row(length: int, seed: tuple[int, ...], mix: dict) -> tuple[np.ndarray,
 class Batches(torch.utils.data.Dataset):
     """Item ``step`` is that step's batch: bytes and weights in the answer loss, both (rows, length + 1) of uint8."""
 
-    def __init__(self, steps: list[tuple[int, int]], seed: int, mix: dict, first: int = 0):
-        self.steps, self.seed, self.mix, self.first = steps, seed, mix, first
+    def __init__(self, steps: list[tuple[int, int]], seed: int, mix: dict):
+        self.steps, self.seed, self.mix = steps, seed, mix
 
     def __len__(self) -> int:
-        return len(self.steps) - self.first
+        return len(self.steps)
 
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
-        step = item + self.first
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows, length = self.steps[step]
         made = [make_row(length, (SEED, self.seed, step, row), self.mix) for row in range(rows)]
         return tuple(torch.from_numpy(np.stack([row[i] for row in made]).astype(np.uint8)) for i in range(2))
@@ -395,164 +397,16 @@ class Model:
         return _linear(_norm(x, self["model.norm.weight"], self.size.eps), self["lm_head.weight"], self.dtype).float()
 
 
-def softmax_attention(q, k, v):
-    group = q.shape[1] // k.shape[1]
-    return F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True)
-
-
-# ------------------------------------------------------------------------------------------------------- LoLA attention
-# Shapes: q, fq, fk and repeated k, v are (B, H, T, .) with H = Hq; T = N * C, N chunks of C positions; F features.
-
-
-def hedgehog(x, w):
-    """phi(x) = [softmax(x W), softmax(-x W)], at least 1e-12; x (B, H, T, D), W (H, D, F/2) -> (B, H, T, F), float32."""
-    y = torch.einsum("bhtd,hdf->bhtf", x.float(), w.float())
-    return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).clamp_min(1e-12)
-
-
-def _take(x, index):
-    """x (B, H, T, D) at index (B, H, ...) -> (B, H, ..., D)."""
-    flat = index.flatten(2)
-    return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, index.shape[2:])
-
-
-def self_recall(f, v, hidden, norm):
-    """|| phi(k)^T H / (phi(k)^T s) - v ||^2, and ||v||^2 where nothing is folded; f (B, H, E, F), v (B, H, E, D) -> (B, H, E)."""
-    z = (f * norm[:, :, None]).sum(-1, keepdim=True)
-    recalled = torch.where(z > 0, (f @ hidden) / z.clamp_min(1e-30), 0.0)
-    return (recalled - v).square().sum(-1)
-
-
-@dataclass
-class Plan:
-    """What each chunk's queries find outside the window: (B, H, N, .) positions, of which the first ``kept[n]`` in the sparse
-    cache are valid; ``folded[n]`` of ``fold`` enter the state when chunk n begins."""
-
-    sparse: torch.Tensor
-    kept: torch.Tensor
-    fold: torch.Tensor
-    folded: torch.Tensor
-
-
-@torch.no_grad()
-def plan(fk, v, chunk: int, window: int, sparse: int) -> Plan:
-    """The scan over chunks: which pairs leave the window into the sparse cache, and which are folded (Eq. 10, 12-13)."""
-    b, h, t, _ = fk.shape
-    n = t // chunk
-    lag = window // chunk + 1
-    long = {"dtype": torch.long, "device": fk.device}
-    out = Plan(torch.zeros(b, h, n, sparse, **long), torch.zeros(n, **long), torch.zeros(b, h, n, chunk, **long), torch.zeros(n, **long))
-    cache = torch.zeros(b, h, 0, **long)
-    hidden = fk.new_zeros(b, h, fk.shape[-1], v.shape[-1])
-    norm = fk.new_zeros(b, h, fk.shape[-1])
-    kept, folded = [0] * n, [0] * n
-    for i in range(lag, n):
-        leaving = torch.arange((i - lag) * chunk, (i - lag + 1) * chunk, device=fk.device).expand(b, h, -1)
-        pool = torch.cat((cache, leaving), -1)
-        if pool.shape[-1] <= sparse:
-            cache = pool
-        else:
-            f, value = _take(fk, pool), _take(v, pool)
-            # The pool is in order of position and the sort is stable, so a tie keeps the earlier position.
-            order = self_recall(f, value, hidden, norm).sort(dim=-1, descending=True, stable=True).indices
-            cache = pool.gather(-1, order[..., :sparse].sort(-1).values)
-            drop = order[..., sparse:]
-            f, value = _take(f, drop), _take(value, drop)
-            hidden = hidden + f.transpose(-1, -2) @ value
-            norm = norm + f.sum(2)
-            folded[i] = drop.shape[-1]
-            out.fold[:, :, i, : folded[i]] = pool.gather(-1, drop)
-        kept[i] = cache.shape[-1]
-        out.sparse[:, :, i, : kept[i]] = cache
-    out.kept, out.folded = torch.tensor(kept, **long), torch.tensor(folded, **long)
-    return out
-
-
-def states(fk, v, chunk: int, window: int, made: Plan | None):
-    """Hidden state (B, H, N, F, D) and normaliser (B, H, N, F) that each chunk's queries meet."""
-    n = fk.shape[2] // chunk
-    if made is None:
-        lag = window // chunk + 1
-        f, value = fk.unflatten(2, (n, chunk)), v.unflatten(2, (n, chunk))
-        hidden = (f.transpose(-1, -2) @ value).cumsum(2)
-        norm = f.sum(3).cumsum(2)
-        back = max(n - lag, 0)
-        return F.pad(hidden[:, :, :back], (0, 0, 0, 0, n - back, 0)), F.pad(norm[:, :, :back], (0, 0, n - back, 0))
-    real = torch.arange(chunk, device=fk.device) < made.folded[:, None]
-    f = _take(fk, made.fold) * real[:, :, None]
-    return (f.transpose(-1, -2) @ _take(v, made.fold)).cumsum(2), f.sum(3).cumsum(2)
-
-
-def mix(logits, values, numerator, z, gate, mixing: str):
-    """The two memories in one output: logits (..., Q, S), values (..., S, D), state read N (..., Q, D) and z (..., Q, 1)."""
-    top = logits.amax(-1, keepdim=True)
-    if mixing == "lolcats":
-        weight = gate * (logits - top.detach()).exp()
-        return (weight @ values + numerator) / (weight.sum(-1, keepdim=True) + z)
-    if mixing == "cache_only":
-        return logits.softmax(-1) @ values
-    bias = torch.log((1 - gate) / gate) if mixing == "gated" else 0.0
-    some = z > 0
-    safe = torch.where(some, z, 1.0)
-    state = torch.where(some, safe.log() + bias, -torch.inf)
-    top = torch.maximum(top, state).detach()
-    weight, state = (logits - top).exp(), (state - top).exp()
-    return (weight @ values + state * numerator / safe) / (weight.sum(-1, keepdim=True) + state)
-
-
-def attend(q, k, v, fq, fk, gate, mixing: str, chunk: int, window: int, made: Plan | None = None):
-    """All queries of whole sequences, in parallel over chunks. gate (Hq,) in (0, 1). Returns (B, Hq, T, D), float32."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = q.float(), k.float().repeat_interleave(group, 1), v.float().repeat_interleave(group, 1)
-    b, h, t, d = q.shape
-    n = t // chunk
-    q, fq = q.unflatten(2, (n, chunk)) * d**-0.5, fq.unflatten(2, (n, chunk))
-    near_k, near_v = (F.pad(x, (0, 0, window, 0)).unfold(2, window + chunk, chunk) for x in (k, v))  # (B, H, N, D, W + C)
-    # Entry j of chunk i is position i C - W + j: it exists, and is not after the query.
-    entry = torch.arange(window + chunk, device=q.device)
-    exists = entry >= window - chunk * torch.arange(n, device=q.device)[:, None]
-    causal = entry <= window + torch.arange(chunk, device=q.device)[:, None]
-    logits = (q @ near_k).masked_fill(~(exists[:, None] & causal), -torch.inf)
-    values = near_v.transpose(-1, -2)
-    if made is not None:
-        empty = torch.arange(made.sparse.shape[-1], device=q.device) >= made.kept[:, None]
-        far = (q @ _take(k, made.sparse).transpose(-1, -2)).masked_fill(empty[:, None], -torch.inf)
-        logits, values = torch.cat((far, logits), -1), torch.cat((_take(v, made.sparse), values), -2)
-    hidden, norm = states(fk, v, chunk, window, made)
-    out = mix(logits, values, fq @ hidden, fq @ norm[..., None], gate[:, None, None, None], mixing)
-    return out.flatten(2, 3)
-
-
 # --------------------------------------------------------------------------------------------------------------- adapter
 
 
-def _attn(layer: int) -> str:
-    return f"model.layers.{layer}.self_attn."
-
-
 def new_maps(size: Size, device) -> dict[str, torch.Tensor]:
-    """Feature maps and window factors under LoLCATs' names: maps start near a scaled identity's two halves, gates at 0.1."""
-    generator = torch.Generator().manual_seed(SEED + 1)
-    out = {}
-    for i in range(size.layers):
-        for side in "qk":
-            w = torch.empty(size.heads, size.head_dim, size.features // 2).normal_(0, size.head_dim**-0.5, generator=generator)
-            out[_attn(i) + f"feature_map_{side}.mlp.layer"] = w.to(device)
-        out[_attn(i) + "window_factors"] = torch.full((1, size.heads, 1, 1), -2.197, device=device)
-    return out
+    return distill.new_maps(range(size.layers), size.heads, size.head_dim, size.features // 2, SEED + 1, device)
 
 
 def new_lora(size: Size, weights: dict, stage: Stage, device) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(SEED + 2)
-    out = {}
-    for i in range(size.layers):
-        for name in stage.lora:
-            part = f"model.layers.{i}.{'mlp' if name in MLP else 'self_attn'}.{name}"
-            rows, columns = weights[part + ".weight"].shape
-            a = torch.empty(stage.rank, columns).uniform_(-1, 1, generator=generator) * columns**-0.5
-            out[f"base_model.model.{part}.lora_A.default.weight"] = a.to(device)
-            out[f"base_model.model.{part}.lora_B.default.weight"] = torch.zeros(rows, stage.rank, device=device)
-    return out
+    parts = [f"model.layers.{i}.{'mlp' if name in MLP else 'self_attn'}.{name}" for i in range(size.layers) for name in stage.lora]
+    return distill.new_lora({part: tuple(weights[part + ".weight"].shape) for part in parts}, stage.rank, SEED + 2, device)
 
 
 def merged(weights: dict, lora: dict, scale: float) -> dict[str, torch.Tensor]:
@@ -566,7 +420,7 @@ def merged(weights: dict, lora: dict, scale: float) -> dict[str, torch.Tensor]:
 
 
 def head_maps(maps: dict, layer: int):
-    at = _attn(layer)
+    at = f"model.layers.{layer}.self_attn."
     return maps[at + "feature_map_q.mlp.layer"], maps[at + "feature_map_k.mlp.layer"], maps[at + "window_factors"].sigmoid().flatten()
 
 
@@ -577,14 +431,10 @@ def student_heads(model: Model, maps: dict, layer: int, q, k, v, mixing: str, sp
     wq, wk, gate = head_maps(maps, layer)
     fq, fk = model.hedgehog(q, wq), model.hedgehog(k.repeat_interleave(group, 1), wk)
     made = plan(fk.detach(), v.detach().float().repeat_interleave(group, 1), size.chunk, size.window, sparse) if sparse else None
-    return model.attend(q, k, v, fq, fk, gate, mixing, size.chunk, size.window, made)
+    return model.attend(q, k, v, fq, fk, gate, mixing, size.chunk, size.window, made, through_max=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-
-
-class Unfinished(SystemExit):
-    """The time given to a stage is over; its checkpoint is written."""
 
 
 def train(name, out: Path, parts: dict, rates: dict, steps: list, mix_: dict, seed: int, loss, factor, seconds, decay=0.0, betas=(0.9, 0.95), workers=14):
@@ -592,61 +442,14 @@ def train(name, out: Path, parts: dict, rates: dict, steps: list, mix_: dict, se
 
     Goes on from ``out/NAME.ckpt`` if there is one; writes it every two minutes and when ``seconds`` are over.
     """
-    device = next(iter(next(iter(parts.values())).values())).device
-    trained = {part: {key: tensor.requires_grad_() for key, tensor in parts[part].items()} for part in rates}
-    groups = [{"params": list(tensors.values()), "lr": 0.0, "base": rates[part]} for part, tensors in trained.items()]
-    flat = [tensor for group in groups for tensor in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=decay, fused=device.type == "cuda")
-    checkpoint = out / f"{name}.ckpt"
-    first, spent = 0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        first, spent = saved["step"], saved["seconds"]
-        with torch.no_grad():
-            for part, tensors in saved["parts"].items():
-                for key, tensor in tensors.items():
-                    parts[part][key].copy_(tensor)
-        optimizer.load_state_dict(saved["optimizer"])
-        print(f"{name}: from step {first}", flush=True)
-
-    def save(step):
-        state = {"step": step, "seconds": spent + time.time() - begin, "parts": {p: {k: t.detach() for k, t in ts.items()} for p, ts in trained.items()}}
-        torch.save({**state, "optimizer": optimizer.state_dict()}, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
-    torch.set_float32_matmul_precision("high")
     bundled("train")  # before the workers fork, so that they share it
-    begin = last = time.time()
-    loader = torch.utils.data.DataLoader(
-        Batches(steps, seed, mix_, first), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
-        **({"prefetch_factor": 8} if workers else {}),
+    torch.set_float32_matmul_precision("high")
+    fitted = loop.fit(
+        name, parts, rates, Batches(steps, seed, mix_), lambda step, batch: loss(step, *batch), factor, folder=out, resume=True,
+        decay=decay, betas=betas, seconds=seconds, workers=workers, describe=lambda batch: f"{batch[0].shape[1] - 1} bytes",
     )  # fmt: skip
-    means, log = None, []
-    for step, (tokens, answers) in enumerate(loader, first):
-        tokens, answers = tokens.to(device, non_blocking=True), answers.to(device, non_blocking=True)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * factor(step / len(steps), step)
-        values = loss(step, tokens, answers)
-        torch.nn.utils.clip_grad_norm_(flat, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        means = values if means is None else means.lerp(values, 0.02)
-        if (step + 1) % max(1, min(250, len(steps) // 4)) == 0 or step + 1 == len(steps):
-            log.append((step + 1, [round(x, 4) for x in means.tolist()], round(spent + time.time() - begin, 1)))
-            print(f"{name}: step {step + 1}/{len(steps)}, {tokens.shape[1] - 1} bytes, loss {log[-1][1]}, {log[-1][2]} s", flush=True)
-            if not all(map(math.isfinite, means.tolist())):
-                raise RuntimeError(f"{name}: the loss is not finite")
-        if time.time() - last > 120 or time.time() - begin > seconds:
-            save(step + 1)
-            last = time.time()
-            if time.time() - begin > seconds and step + 1 < len(steps):
-                raise Unfinished(f"{name}: {step + 1} of {len(steps)} steps done; run the stage again to go on")
-    del loader
     torch.set_float32_matmul_precision("highest")
-    for tensors in trained.values():
-        for key in tensors:
-            tensors[key].requires_grad_(False).grad = None
-    return {"steps": len(steps), "seconds": round(spent + time.time() - begin, 1), "log": log[-1:]}
+    return {"steps": len(steps), "seconds": fitted.seconds, "log": fitted.log[-1:]}
 
 
 def lengths_of_steps(size: Size) -> list[tuple[int, int]]:
@@ -732,18 +535,8 @@ def train_transfer(size: Size, weights: dict, maps: dict, stage: Stage, name: st
             total = total + error.detach()
         return total[None] / size.layers
 
-    parts = split_maps(maps)
+    parts = distill.split_maps(maps)
     return train(name, out, parts, stage.rates, steps_of(size, stage), TEACHER_MIX, stage.seed, loss, lambda done, _: 1 - done, seconds, betas=(0.9, 0.999), workers=workers)
-
-
-def split_lora(lora: dict) -> dict[str, dict]:
-    qk = {name: tensor for name, tensor in lora.items() if ".q_proj." in name or ".k_proj." in name}
-    return {"lora": {name: tensor for name, tensor in lora.items() if name not in qk}, "lora_qk": qk}
-
-
-def split_maps(maps: dict) -> dict[str, dict]:
-    gates = {name: tensor for name, tensor in maps.items() if name.endswith("window_factors")}
-    return {"maps": {name: tensor for name, tensor in maps.items() if name not in gates}, "gates": gates}
 
 
 def train_lora(size: Size, weights: dict, maps: dict, lora: dict, stage: Stage, name: str, out: Path, device, seconds, workers) -> dict:
@@ -766,8 +559,39 @@ def train_lora(size: Size, weights: dict, maps: dict, lora: dict, stage: Stage, 
     def factor(done, step):
         return min(1.0, (step + 1) / 50) * (1 - done)
 
-    parts = {**split_lora(lora), **split_maps(maps)}
+    parts = {**distill.split_lora(lora), **distill.split_maps(maps)}
     return train(name, out, parts, stage.rates, steps_of(size, stage), ADAPTER_MIX, stage.seed, loss, factor, seconds, betas=(0.9, 0.99), workers=workers)
+
+
+class _Weighted:
+    """Batches with each byte's weight in the loss ``stage.lm`` x mean + ``stage.answer`` x mean over answers."""
+
+    def __init__(self, batches: Batches, stage: Stage):
+        self.batches, self.stage = batches, stage
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, answers = self.batches[step]
+        answers = answers.float()
+        lm, answer = self.stage.lm / answers[:, 1:].numel(), self.stage.answer / answers[:, 1:].sum().clamp_min(1)
+        return tokens, lm + answer * answers
+
+
+def as_distilled(steps: int | None = None, lora_steps: int | None = None) -> list[tuple]:
+    """Data and arguments of ``lola.torch.distill.transfer`` and ``finetune`` for the adapter ``needle``; steps: other numbers."""
+    out, size = [], Size()
+    for name, given, mix_, seed in (("transfer", steps, TEACHER_MIX, SEED + 1), ("lora", lora_steps, ADAPTER_MIX, SEED + 2)):
+        stage = STAGES[name]
+        batches = Batches([stage.batch] * (stage.steps if given is None else given), stage.seed, mix_)
+        config = [lola.Config(size.window, size.chunk, sparse, mixing) for mixing, sparse in stage.attention]
+        recipe = {"config": config, "rates": stage.rates, "seed": seed}
+        if stage.lora:
+            batches = _Weighted(batches, stage)
+            recipe |= {"rank": stage.rank, "alpha": stage.alpha, "targets": stage.lora}
+        out.append((batches, recipe))
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -873,7 +697,7 @@ class Decoder:
     def _pairs(self, layer: int, index):
         """Keys and values (B, Hq, S, D) at positions index (B, Hq, S)."""
         grouped = index.unflatten(1, (self.size.kv_heads, -1)).flatten(2)
-        return tuple(_take(x[layer], grouped).unflatten(2, (-1, index.shape[2])).flatten(1, 2) for x in (self.keys, self.values))
+        return tuple(take(x[layer], grouped).unflatten(2, (-1, index.shape[2])).flatten(1, 2) for x in (self.keys, self.values))
 
     def _update(self, layer: int, positions, chunks):
         """The rows that begin a chunk: pairs that leave the window go to the sparse cache or are folded."""
@@ -893,7 +717,7 @@ class Decoder:
         # In order of position, empty places last.
         place = torch.where(real, pool, 1 << 40).gather(-1, stay).sort(-1).values
         place = torch.where(place == 1 << 40, 0, place)
-        f, v = _take(f, drop) * real.gather(-1, drop)[..., None], _take(v, drop)
+        f, v = take(f, drop) * real.gather(-1, drop)[..., None], take(v, drop)
         row = due[:, None, None]
         self.memory[layer] = [
             torch.where(row[..., None], hidden + f.transpose(-1, -2) @ v, hidden),
@@ -999,11 +823,8 @@ def load_adapter(folder: Path, device) -> tuple[dict, dict, float]:
 
 
 def save_adapter(folder: Path, size: Size, maps: dict, lora: dict, stage: Stage) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.detach().float().contiguous() for k, t in maps.items()}, folder / "feature_maps.safetensors", {"format": "pt"})
-    save_file({k: t.detach().half().contiguous() for k, t in lora.items()}, folder / "lora.safetensors", {"format": "pt"})
     spec = {"feature_map": "softmax_dim", "window": size.window, "chunk": size.chunk, "mixing": "lolcats"}
-    (folder / "adapter.json").write_text(json.dumps({**spec, "lora": {"r": stage.rank, "alpha": stage.alpha}}, indent=1) + "\n")
+    distill.write_adapter(folder, maps, lora, {**spec, "lora": {"r": stage.rank, "alpha": stage.alpha}}, torch.float16)
 
 
 def evaluate(size: Size, folder: Path, device, count: int, names, lengths, seed: int, split: str, models, save) -> None:
@@ -1111,13 +932,16 @@ def main(argv=None) -> None:
     folder = options.folder or options.out / "hf"
     torch.manual_seed(SEED)
     torch._dynamo.config.recompile_limit = 64
-    if options.stage == "teacher":
-        train_teacher(size, options.out, device, options.seconds, options.workers)
-    elif options.stage in STAGES:
-        adapter_stage(options.stage, size, options.out, device, options.seconds, options.workers)
-    elif options.stage == "export":
+    try:
+        if options.stage == "teacher":
+            train_teacher(size, options.out, device, options.seconds, options.workers)
+        elif options.stage in STAGES:
+            adapter_stage(options.stage, size, options.out, device, options.seconds, options.workers)
+    except loop.Unfinished as unfinished:
+        raise SystemExit(str(unfinished)) from None
+    if options.stage == "export":
         export(size, options.out, folder)
-    else:
+    elif options.stage == "evaluate":
         begin = time.time()
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 

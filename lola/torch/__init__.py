@@ -4,14 +4,16 @@
     LolaAttention                   attention of a Llama, Mistral or Qwen layer
     linearize, configure            a model of transformers with LoLA in the place of softmax attention
     load_lolcats, merge_lora        the same from a LoLCATs checkpoint, or the bundled model
+    distill, hybrid                 training of feature maps, gates and LoRA; LoLA with a gradient (modules, imported on first use)
     LolaCacheLayer                  what `past_key_values` holds of such a layer
     LolaLlamaConfig, LolaLlamaForCausalLM, ...   the classes that AutoModelForCausalLM finds
 
-Needs torch; all but `attention` and `prepare` need transformers too. Both come with `pip install lola[torch]`.
+Needs torch; all but `attention`, `prepare` and `hybrid` need transformers too. Both come with `pip install lola[torch]`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 try:
@@ -57,6 +59,8 @@ __all__ = [
     "LoraLinear",
     "attention",
     "configure",
+    "distill",
+    "hybrid",
     "linearize",
     "load_lolcats",
     "merge_lora",
@@ -65,6 +69,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("distill", "hybrid"):
+        return importlib.import_module(f".{name}", __name__)
     if _TRANSFORMERS is not None and name in __all__:
         raise ModuleNotFoundError(f"lola.torch.{name} needs transformers: pip install lola[torch]", name="transformers") from _TRANSFORMERS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lola
 
-from . import ops
+from . import hybrid, ops
 from .cache import Rows, layer_of, rows_of_mask
 
 # Attention whose forward pass is that of `LolaAttention`, projections, norms and rotary embedding included.
@@ -46,7 +46,9 @@ class LolaAttention(nn.Module):
 
     It takes the place of the layer's softmax attention with the same projections and norms; to them it adds the feature maps
     `feature_map_q.mlp.layer` and `feature_map_k.mlp.layer` and the `window_factors` (1, Hq, 1, 1), whose sigmoid is the gate:
-    LoLCATs' names (arXiv 2410.10254). The kernels have no gradient, so it runs where none is recorded.
+    LoLCATs' names (arXiv 2410.10254). The kernels have no gradient, so it runs where none is recorded; a layer whose
+    attribute `segment` is a number of tokens, as `lola.torch.distill` sets it, attends by `lola.torch.hybrid.attention` where
+    one is.
 
     Args:
         config: A lola.Config.
@@ -94,6 +96,7 @@ class LolaAttention(nn.Module):
             self.feature_map_q, self.feature_map_k = (FeatureWeights(heads, head_dim, columns) for _ in "qk")
         self.window_factors = nn.Parameter(torch.empty(1, heads, 1, 1)) if gate else None
         self.config = config
+        self.segment: int | None = None
         self.reset_feature_parameters()
 
     @property
@@ -186,7 +189,7 @@ class LolaAttention(nn.Module):
                 made.window_factors.copy_(torch.from_numpy(np.log(gate) - np.log1p(-gate)).view(1, heads, 1, 1))
         device = module.q_proj.weight.device
         for part in (made.feature_map_q, made.feature_map_k):
-            if part is not None:
+            if part is not None and part.mlp.layer.device != device:
                 part.to(device)
         if made.window_factors is not None:
             made.window_factors.data = made.window_factors.data.to(device)
@@ -214,16 +217,18 @@ class LolaAttention(nn.Module):
         Raises:
             ValueError: While gradients are recorded, for a mask that LoLA cannot follow, and as `lola.attention`.
         """
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = (x[:, :, None] for x in position_embeddings)
-        q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
-        if k.dtype != v.dtype:  # under autocast
-            q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = self.project(hidden_states, position_embeddings)
+        if torch.is_grad_enabled() and self.segment is not None:
+            if past_key_values is not None:
+                raise ValueError("past_key_values must be None where gradients are recorded: pass use_cache=False")
+            if rows_of_mask(attention_mask, q.shape[1], 0).starts is not None:
+                raise ValueError("attention_mask must be None where gradients are recorded: train on rows without padding")
+            return self.o_proj(self.differentiable(q, k, v).to(v.dtype).flatten(2)), None
         if torch.is_grad_enabled() and q.requires_grad:
-            raise ValueError("LoLA's kernels have no gradient: run the model under torch.no_grad() or torch.inference_mode()")
+            raise ValueError(
+                "LoLA's kernels have no gradient: run the model under torch.no_grad() or torch.inference_mode(), or train it by "
+                "lola.torch.distill"
+            )
         w_q = w_k = None
         if self.feature_map_q is not None:
             w_q, w_k = self.feature_map_q(), self.feature_map_k()
@@ -235,6 +240,28 @@ class LolaAttention(nn.Module):
             rows = rows_of_mask(attention_mask, q.shape[1], layer.seen)
             out = layer.attend(q, k, v, self._spec, self.feature_map, w_q, w_k, self.feature_dim, factors, rows)
         return self.o_proj(out.flatten(2)), None
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, T, width) to q (B, T, Hq, D), k and v (B, T, Hkv, D) of one dtype, q and k normed and rotated."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = (x[:, :, None] for x in position_embeddings)
+        q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
+        if k.dtype != v.dtype:  # under autocast
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        return q, k, v
+
+    def differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The heads (B, T, Hq, D), float32, of what `project` returns, by `lola.torch.hybrid.attention`."""
+        w_q = w_k = None
+        if self.feature_map_q is not None:
+            w_q, w_k = self.feature_map_q(), self.feature_map_k()
+        gate = None if self.window_factors is None else self.window_factors.sigmoid().flatten()
+        return hybrid.attention(
+            q, k, v, config=self._config, feature_map=self.feature_map, w_q=w_q, w_k=w_k, gate=gate, segment=self.segment or hybrid.SEGMENT
+        )  # fmt: skip
 
     def _once(self, q, k, v, w_q, w_k, factors, rows: Rows) -> Tensor:
         if ops.traced(q):

@@ -118,15 +118,16 @@ class LoraLinear(nn.Module):
         base: The linear layer, W (outputs, inputs).
         a, b: (r, inputs) and (outputs, r) floats.
         alpha: LoRA's.
+        train: Weights to be trained, in float32 whatever the base's dtype.
     """
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, alpha: float):
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, alpha: float, train: bool = False):
         super().__init__()
-        like = base.weight
+        like, dtype = base.weight, torch.float32 if train and base.weight.dtype != torch.float64 else base.weight.dtype
         self.base, self.scale = base, alpha / a.shape[0]
-        self.lora_a, self.lora_b = (nn.Parameter(x.detach().to(like.device, like.dtype), requires_grad=False) for x in (a, b))
+        self.lora_a, self.lora_b = (nn.Parameter(x.detach().to(like.device, dtype), requires_grad=False) for x in (a, b))
         # Merged from these, not from weights that were rounded to the base's dtype before.
-        self._exact = (a.detach(), b.detach())
+        self._exact = None if train else (a.detach(), b.detach())
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -134,11 +135,12 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + nn.functional.linear(nn.functional.linear(x, self.lora_a), self.lora_b) * self.scale
+        a, b = (w.to(x.dtype) for w in (self.lora_a, self.lora_b))  # in training they are float32
+        return self.base(x) + nn.functional.linear(nn.functional.linear(x, a), b) * self.scale
 
     def merged(self) -> nn.Linear:
         """The linear layer with the weights W + alpha / r * B A, in place."""
-        a, b = (x.to(self.base.weight.device, torch.float32) for x in self._exact)
+        a, b = (x.detach().to(self.base.weight.device, torch.float32) for x in self._exact or (self.lora_a, self.lora_b))
         with torch.no_grad():
             self.base.weight.copy_(self.base.weight.float().addmm(b, a, alpha=self.scale))
         return self.base

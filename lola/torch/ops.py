@@ -68,7 +68,7 @@ def attention(
         cu_seqlens: (N + 1,) int64: bounds of the sequences in one packed row.
         device: None: where q lies.
         stream: None: torch's current stream.
-        check: Whether non-finite values raise; default: on the CPU.
+        check: Whether non-finite values raise; default: on the CPU. On a CUDA device it waits for the device.
         out: (B, T, Hq, Dv) of q's dtype, to write the result to.
 
     Returns:
@@ -128,14 +128,16 @@ def run(
     q, k, v, cache, config, feature_map, q_features=None, k_features=None, gate=None, scores=None, starts=None, stops=None,
     cu_seqlens=None, check=None, out=None, stream=None,
 ):  # fmt: skip
-    """lola.attention at once, on real tensors. The one place that knows about devices."""
-    if q.is_cuda and stream is None:
-        stream = torch.cuda.current_stream(q.device).cuda_stream
+    """lola.attention at once, on real tensors, wherever they lie."""
     return lola.attention(
-        q.detach(), k.detach(), v.detach(), cache=cache, config=config, feature_map=feature_map, q_features=q_features,
-        k_features=k_features, gate=gate if gate is None else gate.detach(), scores=scores, starts=starts, stops=stops,
+        _plain(q), _plain(k), _plain(v), cache=cache, config=config, feature_map=feature_map, q_features=q_features,
+        k_features=k_features, gate=gate if gate is None else _plain(gate), scores=scores, starts=starts, stops=stops,
         cu_seqlens=cu_seqlens, stream=stream, check=check, out=out,
     )  # fmt: skip
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 @torch.compiler.disable
@@ -208,7 +210,12 @@ class _Borrowed:
 
 def _tensor(array: Any, keep_alive: bool) -> Tensor:
     if not isinstance(array, np.ndarray):
-        return torch.from_dlpack(array) if keep_alive else torch.as_tensor(_Borrowed(array))
+        if array.nbytes == 0:
+            return torch.empty(array.shape, dtype=getattr(torch, array.dtype), device=array.device)
+        if keep_alive:
+            return torch.from_dlpack(array)
+        # The interface has no bfloat16 and gives its bits.
+        return torch.as_tensor(_Borrowed(array), device=array.device).view(getattr(torch, array.dtype))
     # What NumPy calls bfloat16 is a type of ml_dtypes or uint16; no buffer holds numbers of the latter kind.
     bfloat16 = array.itemsize == 2 and array.dtype != np.float16
     dtype = torch.bfloat16 if bfloat16 else getattr(torch, array.dtype.name)

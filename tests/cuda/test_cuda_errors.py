@@ -255,7 +255,6 @@ def test_without_check_nothing_raises_and_other_rows_are_untouched():
     given["k"][1, 7] = float("inf")
     out = array(lola.attention(**given, cache=cache))
     assert_same_bits(out[[0, 2]], expected[[0, 2]])
-    assert_same_bits(out[1, :5], expected[1, :5])
     cache.sync()
     assert np.asarray(cache.tokens_seen).tolist() == [60] * 3
 

@@ -304,7 +304,9 @@ def test_the_cpu_agrees(dtype, score):
         for h in range(4):
             assert_same_bits(there.sparse_positions(b, h), cpu.sparse_positions(b, h))
     np.testing.assert_array_equal(host(there.folded), cpu.folded)
-    assert error(host(there.hidden), np.asarray(cpu.hidden).astype(np.float64)) <= 4e-5
+    # A feature beside 16-bit keys that falls between two bfloat16 values may be rounded either way: 2^-8 of it.
+    bound = 4e-5 if dtype == "float32" else 8e-3
+    assert error(host(there.hidden), np.asarray(cpu.hidden).astype(np.float64)) <= bound
     assert_close(same, played.exact, played.bound)
 
 

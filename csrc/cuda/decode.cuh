@@ -1,0 +1,212 @@
+/* What the parts of the decoding kernel share: the plan of one launch, and small pieces of device code. */
+#ifndef LOLA_CUDA_DECODE_CUH
+#define LOLA_CUDA_DECODE_CUH
+
+#include "segment.cuh"
+
+namespace {
+
+constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int PIECE = 16; /* bytes of a copy */
+constexpr float LOG2E = 0x1.715476p+0f;
+constexpr unsigned ALL = 0xffffffffu;
+
+/* --- division by a number that the host knows ------------------------------------------------------- */
+
+/* For 1 <= d < 2^31 and x < 2^32, x / d is the upper half of x * ceil(2^64 / d). */
+struct divisor {
+  uint64_t inverse; /* 0 for d = 1, and where d is too large */
+  int64_t d;
+};
+
+__device__ __forceinline__ unsigned divided(unsigned x, const divisor &by) {
+  return by.inverse ? static_cast<unsigned>(__umul64hi(by.inverse, x)) : x;
+}
+
+/* The same for a position, however far; `small` when everything fits 31 bits. */
+__device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool small) {
+  if (small) return divided(static_cast<unsigned>(x), by);
+  return x / by.d;
+}
+
+/* --- the plan --------------------------------------------------------------------------------------- */
+
+/* Tiles and partials are fixed by the cache's sizes, so a row's sums are the same in any batch. A partial is `columns`
+ * sums and 4 more floats; those of a (row, KV head) lie by query head, then: window tiles, sparse tiles, the state. */
+struct decode_plan {
+  int matrix;                   /* tiles on the matrix units */
+  int lanes;                    /* otherwise: threads that share one pair's key and value: 8, 16 or 32 */
+  int pairs;                    /* of a tile */
+  int key_pieces, value_pieces; /* of one key, of one value, the last filled up with zeros */
+  int columns;                  /* Dv rounded up to whole pieces */
+  int64_t window_tiles, sparse_tiles; /* per KV head; per set */
+  int64_t items;                      /* blocks per (row, KV head) */
+  int64_t slots;                      /* partials per query head */
+  divisor by_items, by_kv_heads, by_sparse_tiles, by_rs, by_C, by_R;
+  int small_sizes;                 /* C, R and W fit 31 bits */
+  int state_vector, state_lanes;   /* floats of H a thread copies at once; threads that share a row of H */
+  int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
+  int state_ahead;                 /* stages under way */
+  int weight_vector, weight_lanes; /* the same for the feature map's weights */
+  int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
+  int query_aligned;               /* rows of q do, and q has the cache's type */
+  int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
+  int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
+  int newest_at;
+  int reduce_at, x_at, phi_at; /* of a hidden state */
+  int64_t shared_bytes;
+};
+
+/* --- copies ------------------------------------------------------------------------------------------ */
+
+template <int BYTES> __device__ __forceinline__ void copy_async(void *to, const void *from) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* Waits until at most PENDING of this thread's groups are under way. */
+template <int PENDING> __device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Asks for memory to be brought into L2; bytes and address multiples of 16. */
+__device__ __forceinline__ void prefetch(const void *from, int64_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(static_cast<unsigned>(bytes))
+                 : "memory");
+#endif
+}
+
+/* Adds one to a counter, ordered after all that the block wrote before its last barrier and before all that it reads
+ * after its next one; returns what it was. */
+__device__ __forceinline__ unsigned arrive(unsigned *counter) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
+
+/* --- numbers ----------------------------------------------------------------------------------------- */
+
+/* The numbers of a piece of 16 bytes; zeros when it is not `there`, without a branch. */
+__device__ __forceinline__ uint4 load_piece(const void *piece, bool there) {
+  return there ? *static_cast<const uint4 *>(piece) : make_uint4(0, 0, 0, 0);
+}
+
+/* N floats that lie together in shared memory, at a multiple of their size. */
+template <int N> __device__ __forceinline__ void load_floats(const float *from, float *x) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 v = *reinterpret_cast<const float4 *>(from + i);
+      x[i] = v.x;
+      x[i + 1] = v.y;
+      x[i + 2] = v.z;
+      x[i + 3] = v.w;
+    }
+  } else if constexpr (N == 2) {
+    const float2 v = *reinterpret_cast<const float2 *>(from);
+    x[0] = v.x;
+    x[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = from[i];
+  }
+}
+
+template <int N> __device__ __forceinline__ void store_floats(float *to, const float *x) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      *reinterpret_cast<float4 *>(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) to[i] = x[i];
+  }
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
+  return x;
+}
+
+/* exp2(a - b) where a <= b; 0 for a = -inf, even beside b = -inf. */
+__device__ __forceinline__ float weight_below(float a, float b) { return exp2f(a - fmaxf(b, -3e38f)); }
+
+/* --- a tile of pairs --------------------------------------------------------------------------------- */
+
+struct tile_source {
+  const char *keys, *values; /* of slot 0 */
+  int64_t slot, slots;       /* of the first pair; after slot slots - 1 comes slot 0 */
+  int count;                 /* pairs */
+  int newest;                /* the pair that is the call's token, at key and value, or -1 */
+  const char *key, *value;
+};
+
+__device__ __forceinline__ int64_t slot_of(const tile_source &from, int pair) {
+  const int64_t slot = from.slot + pair;
+  return slot < from.slots ? slot : slot - from.slots;
+}
+
+/* Where a tile's partials of query heads 0, 1, ... of its set go. */
+struct tile_target {
+  float *partial;
+  int64_t step; /* floats from head to head */
+};
+
+/* What the warps of a block left for `heads` heads, in order of warp: maximum and sum of head h at sums[(w * pitch + h)
+ * * 2], o at merge[(w * pitch + h) * columns_pitch]. */
+__device__ __forceinline__ void merge_warps(const decode_plan &plan, const float *merge, int columns_pitch,
+                                            const float *sums, int pitch, int first_head, int heads,
+                                            const tile_target &to) {
+  const int quads = plan.columns / 4;
+  int h = 0, quad = threadIdx.x;
+#pragma unroll 1
+  while (quad >= quads) {
+    quad -= quads;
+    h++;
+  }
+#pragma unroll 1
+  while (h < heads) {
+    float high = -INFINITY, total = 0, o[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) high = fmaxf(high, sums[(w * pitch + h) * 2]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float share = weight_below(sums[(w * pitch + h) * 2], high);
+      float x[4];
+      load_floats<4>(merge + (w * pitch + h) * columns_pitch + quad * 4, x);
+      total = fmaf(share, sums[(w * pitch + h) * 2 + 1], total);
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], o[e]);
+    }
+    float *partial = to.partial + (first_head + h) * to.step;
+    store_floats<4>(partial + quad * 4, o);
+    if (quad == 0) *reinterpret_cast<float2 *>(partial + plan.columns) = make_float2(high, total);
+    quad += THREADS;
+    while (quad >= quads) {
+      quad -= quads;
+      h++;
+    }
+  }
+}
+
+} // namespace
+
+#endif
