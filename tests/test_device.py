@@ -882,3 +882,42 @@ def test_torchs_current_stream_is_found_without_the_c_table(fake, monkeypatch):
         assert set(asked) == {0} and arrays[0].asked == [-1]
         assert_same_bits(out.numpy(mine), run(data, new_cache(data)))
         assert cache.folded.shape == (2, 4) and fake.illegal() == ""        # operations go there too
+
+
+def test_cupys_current_stream_and_arrays(fake, monkeypatch):
+    """Its arrays have neither the C table nor a namespace."""
+    from types import SimpleNamespace
+
+    mine, offered = fake.stream(0), []
+
+    class ndarray(Array):
+        pass
+
+    ndarray.__module__ = "cupy"
+    current = lambda: SimpleNamespace(ptr=mine)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=current), from_dlpack=lambda x: offered.append(x) or ("cupy's", x))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    Array.ready = mine
+    data = build(CASE)
+    expected, cache = run(data, new_cache(data)), device_cache(data)
+    arrays = [ndarray(data.stored[n]) for n in "qkv"]
+    word, out = lola.attention(*arrays, cache=cache, **options(data))
+    assert word == "cupy's" and offered == [out] and arrays[0].asked == [-1]
+    assert out.__cuda_array_interface__["stream"] == mine
+    assert_same_bits(out.numpy(), expected)
+    room = ndarray(np.zeros((2, 60, 4, 40), np.float32))
+    assert lola.attention(*arrays, cache=device_cache(data), out=room, **options(data)) is room
+    assert_same_bits(room.numpy(mine), expected)
+    offered.clear(), cache.reset()
+
+
+def test_jaxs_arrays_are_not_written(fake):
+    data = build(CASE)
+
+    class ArrayImpl(Array):
+        pass
+
+    ArrayImpl.__module__ = "jaxlib._jax"
+    arrays = [ArrayImpl(data.stored[n]) for n in "qkv"]
+    with pytest.raises(ValueError, match="out must be writable"):
+        lola.attention(*arrays, out=ArrayImpl(np.zeros((2, 60, 4, 40), np.float32)), **options(data))

@@ -185,16 +185,14 @@ __device__ __forceinline__ row_end end_of_row(const lola_device_segment &g, cons
 
 /* Finishes rows `half` (0: c[.][0..1], 1: c[.][2..3]) of a warp's 16 x Dv sums: mixes them with the linear term and
  * stores them. Lanes 4i .. 4i+3 hold one row, lane i columns 2i and 2i + 1 of each 8: recalled(j) gives those of the
- * j-th 8. m: the row's maximum in base 2, l: this lane's part of its sum; c and l are to be multiplied by `unit`. For a
- * whole warp, with rows that are none too. */
+ * j-th 8. m: what the row's exponents were taken from, in base 2, l: this lane's part of its sum. For a whole warp,
+ * with rows that are none too. */
 template <typename T, int N, class Recalled>
 __device__ __forceinline__ void finish_row(lola_mixing mixing, const row_end &end, int Dv, int half,
-                                           const float (&c)[N][4], float m, float l, float unit,
-                                           const Recalled &recalled) {
+                                           const float (&c)[N][4], float m, float l, const Recalled &recalled) {
   l += __shfl_xor_sync(0xffffffffu, l, 1);
   l += __shfl_xor_sync(0xffffffffu, l, 2);
-  lola_device_weights w = lola_device_mix(mixing, end.gate, m, l * unit, end.z);
-  w.softmax *= unit;
+  const lola_device_weights w = lola_device_mix(mixing, end.gate, m, l, end.z);
   const int quad = threadIdx.x & 3;
   const bool vector = reinterpret_cast<uintptr_t>(end.out) % 16 == 0;
   if (end.share && quad == 0) *end.share = w.share;

@@ -148,11 +148,16 @@ template <int N> __device__ __forceinline__ void pin(float (&x)[N][4]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
 }
 
-/* Of a tile in the layout above, at a multiple of 1024 bytes plus whole 8-row groups or 32-byte steps in a row. `panel`
- * is the bytes between panels where those run along the result's columns. */
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int panel) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 |
-         static_cast<uint64_t>(1024 >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+/* Of a tile in the layout above, at a multiple of 1024 bytes plus whole 8-row groups or 32-byte steps in a row: the low
+ * half of its descriptor, the address in units of 16 bytes. `panel` is the bytes between panels where those run along
+ * the result's columns. */
+__device__ __forceinline__ uint32_t wgmma_matrix(uint32_t address, int panel) {
+  return (address & 0x3ffff) >> 4 | static_cast<uint32_t>(panel >> 4) << 16;
+}
+
+/* With the half that is the same for all: 1024 bytes between groups of 8 rows, 128-byte swizzle. */
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t matrix) {
+  return static_cast<uint64_t>(1u << 30 | 1024 >> 4) << 32 | matrix;
 }
 
 #define LOLA_ACCUMULATORS_4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -201,8 +206,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int panel
 /* C (64 x 8 N) = or += A (64 x 16, registers) B (16 x 8 N, shared memory). TRANSPOSED: the panels of B's tile run along
  * the result's columns, its rows along the sum; else the other way around. */
 template <typename T, int TRANSPOSED, int N>
-__device__ __forceinline__ void wgmma(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+__device__ __forceinline__ void wgmma(float (&c)[N][4], const uint32_t (&a)[4], uint32_t matrix, int accumulate) {
   static_assert(N == 8 || N == 16);
+  const uint64_t b = wgmma_descriptor(matrix);
   if constexpr (N == 8 && __is_same(T, __half)) LOLA_WGMMA_64("f16", c, a, b, accumulate, TRANSPOSED);
   if constexpr (N == 8 && !__is_same(T, __half)) LOLA_WGMMA_64("bf16", c, a, b, accumulate, TRANSPOSED);
   if constexpr (N == 16 && __is_same(T, __half)) LOLA_WGMMA_128("f16", c, a, b, accumulate, TRANSPOSED);
@@ -211,7 +217,8 @@ __device__ __forceinline__ void wgmma(float (&c)[N][4], const uint32_t (&a)[4], 
 
 /* The same for N = 8 with A in shared memory as well, its panels along the sum as B's. */
 template <typename T>
-__device__ __forceinline__ void wgmma_shared(float (&c)[8][4], uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void wgmma_shared(float (&c)[8][4], uint32_t left, uint32_t right, int accumulate) {
+  const uint64_t a = wgmma_descriptor(left), b = wgmma_descriptor(right);
   if constexpr (__is_same(T, __half))
     LOLA_WGMMA_SHARED_64("f16", c, a, b, accumulate);
   else

@@ -221,9 +221,8 @@ __global__ void __launch_bounds__(MMA_THREADS, BLOCKS)
     for (int half = 0; half < 2; half++) {
       const int row = warp_row + t * 16 + lane / 4 + half * 8;
       const row_end own = end_of_row(g, end, first_row + row, row < rows);
-      finish_row<T>(g.mixing, own, g.Dv, half, o[t], m[t][half] * scale.factor, l[t][half], 1, [&](int j) {
-        return *reinterpret_cast<const float2 *>(own.recalled + j * 8 + lane % 4 * 2);
-      });
+      finish_row<T>(g.mixing, own, g.Dv, half, o[t], m[t][half] * scale.factor, l[t][half],
+                    [&](int j) { return *reinterpret_cast<const float2 *>(own.recalled + j * 8 + lane % 4 * 2); });
     }
 }
 

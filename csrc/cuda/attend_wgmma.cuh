@@ -2,10 +2,10 @@
  *
  * A block of threads stays on its multiprocessor and works through query blocks. One warpgroup, the producer, looks up
  * where pairs lie and copies their keys and values into a ring of STAGES tiles of 64 pairs, ahead of the others and
- * across query blocks; after a query block's pairs come its rows of `recalled`, 64 a tile. WGS consumers hold SUBS times
- * 64 rows (token, head) each: S = Q K^T, O += P V with P in registers, the logits of the next 64 x 64 computed while
- * these values are summed, exponents from a maximum that follows the true one in steps. Row i is head i % rs of token
- * i / rs. D = Dv = DP. */
+ * across query blocks; after a query block's pairs come its rows of `recalled`, 64 a tile. WGS consumers hold SUBS
+ * times 64 rows (token, head) each: S = Q K^T, O += P V with P in registers, the logits of the next 64 x 64 computed
+ * while these values are summed, exponents from a maximum that follows the true one in steps. Row i is head i % rs of
+ * token i / rs. D = Dv = DP. */
 #ifndef LOLA_CUDA_ATTEND_WGMMA_CUH
 #define LOLA_CUDA_ATTEND_WGMMA_CUH
 
@@ -18,8 +18,6 @@ constexpr int WGMMA_PAIRS = 64;
 constexpr bool WGMMA_COPY_FENCE = true;
 /* Sums are rescaled when a row's maximum has grown by more than this, in base 2: exponentials stay below 2^8. */
 constexpr float WGMMA_RISE = 8;
-/* Below every logit, and finite: a tile without a visible pair leaves the sums alone. */
-constexpr float WGMMA_LOWEST = -1e30f;
 
 /* What the producer tells the consumers about a query block. */
 struct wgmma_item {
@@ -30,10 +28,20 @@ struct wgmma_item {
   bool stop;           /* no more */
 };
 
+/* What the producer's warps need to know about a query block. */
+struct wgmma_work {
+  wgmma_item item;
+  pair_places places;
+  int pairs; /* 0: nothing to do */
+  /* Queries, z and recalled of the block's first token and head; the strides of the former in bytes. */
+  const char *queries;
+  int64_t token_bytes, head_bytes;
+  const float *z, *recalled;
+};
+
 template <int DP, int WGS, int SUBS> struct wgmma_layout {
   static constexpr int THREADS = 128 * (WGS + 1), BLOCKS = WGS == 1 ? 2 : 1, M = 64 * WGS * SUBS;
-  static constexpr int PRODUCER_REGISTERS = SUBS == 2 ? 40 : 56,
-                       CONSUMER_REGISTERS = SUBS == 2 ? 232 : WGS == 1 ? 200 : 224;
+  static constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = WGS == 1 ? 200 : 224;
   /* What a launch gives all threads, to be dealt out anew. */
   static constexpr int LAUNCH_REGISTERS = 65536 / (BLOCKS * THREADS) / 8 * 8;
   static_assert(WGS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WGS + 1) * LAUNCH_REGISTERS);
@@ -48,8 +56,10 @@ template <int DP, int WGS, int SUBS> struct wgmma_layout {
   /* Barriers of 8 bytes: keys, values and queries have come, and their places are free. */
   static constexpr int K_FULL = BARRIERS, V_FULL = K_FULL + 8 * STAGES, K_EMPTY = V_FULL + 8 * STAGES,
                        V_EMPTY = K_EMPTY + 8 * STAGES, Q_FULL = V_EMPTY + 8 * STAGES, Q_EMPTY = Q_FULL + 8;
-  static constexpr int ITEMS = Q_EMPTY + 8, PLACES = ITEMS + 2 * static_cast<int>(sizeof(wgmma_item));
-  static constexpr int BYTES = PLACES + 4 * static_cast<int>(sizeof(pair_places));
+  static constexpr int ITEMS = Q_EMPTY + 8, WORK = ITEMS + 2 * static_cast<int>(sizeof(wgmma_item));
+  static constexpr int ROWS = WORK + static_cast<int>(sizeof(wgmma_work)); /* of each warp: where 16 rows come from */
+  static constexpr int BYTES = ROWS + 4 * 16 * 8;
+  static_assert(BYTES <= (BLOCKS == 2 ? 115712 : 232448));
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -71,120 +81,165 @@ template <int DP> __device__ __forceinline__ uint32_t recalled_offset(int i, int
   return i * DP * 4 + ((c ^ ((i & 3) << 1)) << 4);
 }
 
-/* A warp's 16 rows of a tile of 64 rows of DP 16-bit numbers; lane `lane_of_first` + i knows where row i comes from. */
-template <int DP> __device__ __forceinline__ void copy_rows(uint32_t tile, const char *from, int lane_of_first) {
+/* Tells a warp where its 16 rows come from: lanes first .. first + 15 know one each. Not before all lanes have read the
+ * rows before. */
+__device__ __forceinline__ void share_rows(const char **rows, const char *from, int first) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  if (lane / 16 * 16 == first) rows[lane % 16] = from;
+  __syncwarp();
+}
+
+/* A warp's 16 rows of a tile of 64 rows of DP 16-bit numbers. All addresses are read first, so that copies follow each
+ * other at once. */
+template <int DP> __device__ __forceinline__ void copy_rows(uint32_t tile, const char *const *rows) {
   constexpr int PIECES = DP / 8, ROWS = 32 / PIECES; /* rows that a warp copies at once */
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES, first = lane / PIECES;
+  const char *from[16 / ROWS];
 #pragma unroll
-  for (int i = 0; i < 16 / ROWS; i++) {
-    const int row = i * ROWS + lane / PIECES;
-    const char *source = reinterpret_cast<const char *>(
-        __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(from), lane_of_first + row));
-    cp_async(tile + tile_offset(WGMMA_PAIRS, warp * 16 + row, piece), source + piece * 16);
+  for (int i = 0; i < 16 / ROWS; i++) from[i] = rows[i * ROWS + first] + piece * 16;
+#pragma unroll
+  for (int i = 0; i < 16 / ROWS; i++)
+    cp_async(tile + tile_offset(WGMMA_PAIRS, warp * 16 + i * ROWS + first, piece), from[i]);
+}
+
+/* The same of recalled; NULL where there is no row. */
+template <int DP> __device__ __forceinline__ void copy_recalled(uint32_t tile, const char *const *rows) {
+  constexpr int PIECES = DP / 4, ROWS = 32 / PIECES, BATCH = 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES, first = lane / PIECES;
+#pragma unroll 1
+  for (int row = 0; row < 16; row += BATCH * ROWS) {
+    const char *from[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) from[i] = rows[row + i * ROWS + first];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+      if (from[i])
+        cp_async(tile + recalled_offset<DP>(warp * 16 + row + i * ROWS + first, piece), from[i] + piece * 16);
   }
 }
 
-/* The same of recalled; lane i knows row i, NULL where there is none. */
-template <int DP> __device__ __forceinline__ void copy_recalled(uint32_t tile, const char *from) {
-  constexpr int PIECES = DP / 4, ROWS = 32 / PIECES;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, piece = lane % PIECES;
-#pragma unroll
-  for (int i = 0; i < 16 / ROWS; i++) {
-    const int row = i * ROWS + lane / PIECES;
-    const char *source = reinterpret_cast<const char *>(
-        __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(from), row));
-    if (source) cp_async(tile + recalled_offset<DP>(warp * 16 + row, piece), source + piece * 16);
-  }
+/* Looks up a query block. For a whole warp. */
+template <int DP, int M>
+__device__ __forceinline__ void open_work(const lola_device_segment &g, int parts, int row_tiles, int index,
+                                          wgmma_work *work) {
+  const int first_row = index % row_tiles * M;
+  index /= row_tiles;
+  const int part = index % parts;
+  index /= parts;
+  const int set = index % g.S, record = index / g.S;
+  query_block block;
+  const bool some = open_block(g, record, set, part, &block) && first_row < block.tokens * g.rs;
+  if (threadIdx.x % 32) return;
+  work->pairs = 0;
+  if (!some) return;
+  const lola_device_span &span = g.spans[block.row];
+  const int rows = min(block.tokens * g.rs - first_row, M), pairs = block.seen + (first_row + rows - 1) / g.rs;
+  const int64_t linear = (static_cast<int64_t>(span.token) + block.first) * g.Hq + set * g.rs;
+  work->item.end = end_of(g, block);
+  work->item.first_row = first_row;
+  work->item.rows = rows;
+  work->item.seen = block.seen;
+  work->item.tiles = (pairs + WGMMA_PAIRS - 1) / WGMMA_PAIRS;
+  work->item.recalled = g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : (rows + 63) / 64;
+  work->item.stop = false;
+  work->pairs = pairs;
+  place_pairs(g, block, &work->places);
+  work->queries = lola_device_at(g.q, span.batch, span.first + block.first, set * g.rs);
+  work->token_bytes = g.q.stride_t * 2;
+  work->head_bytes = g.q.stride_h * 2;
+  work->z = g.z + linear;
+  work->recalled = g.recalled + linear * DP;
 }
 
 template <int DP, int WGS, int SUBS>
 __device__ __forceinline__ void wgmma_produce(const lola_device_segment &g, int parts, int row_tiles, int64_t items,
                                               unsigned char *shared) {
   using layout = wgmma_layout<DP, WGS, SUBS>;
-  constexpr int M = layout::M;
   const uint32_t base = shared_address(shared);
   /* Warp w copies rows 16 w .. 16 w + 15 of each tile; lanes below 16 look up keys, the others values. */
-  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, own = warp * 16 + lane % 16;
-  pair_places &places = reinterpret_cast<pair_places *>(shared + layout::PLACES)[warp];
+  const int thread = threadIdx.x % 128, lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  const int own = warp * 16 + lane % 16;
+  wgmma_work &work = *reinterpret_cast<wgmma_work *>(shared + layout::WORK);
   wgmma_item *mailbox = reinterpret_cast<wgmma_item *>(shared + layout::ITEMS);
+  const char **sources = reinterpret_cast<const char **>(shared + layout::ROWS) + warp * 16;
+  const auto query_row = [&](int row) {
+    const int token = (work.item.first_row + row) / g.rs, head = work.item.first_row + row - token * g.rs;
+    return work.queries + token * work.token_bytes + head * work.head_bytes;
+  };
+  /* Index of a row in z and recalled. */
+  const auto linear_row = [&](int row) {
+    const int token = (work.item.first_row + row) / g.rs, head = work.item.first_row + row - token * g.rs;
+    return static_cast<int64_t>(token) * g.Hq + head;
+  };
   ring_place<layout::STAGES> at;
   uint32_t q_parity = 1, letter = 0;
   for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-    int left = static_cast<int>(index);
-    const int first_row = left % row_tiles * M;
-    left /= row_tiles;
-    const int part = left % parts;
-    left /= parts;
-    const int set = left % g.S, record = left / g.S;
-    query_block block;
-    if (!open_block(g, record, set, part, &block) || first_row >= block.tokens * g.rs) continue;
-    const lola_device_span &span = g.spans[block.row];
-    const int rows = min(block.tokens * g.rs - first_row, M);
-    const int pairs = block.seen + (first_row + rows - 1) / g.rs;
-    const int tiles = (pairs + WGMMA_PAIRS - 1) / WGMMA_PAIRS;
-    const int recalled = g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : (rows + 63) / 64, slots = tiles + recalled;
-
-    __syncwarp();
-    if (lane == 0) place_pairs(g, block, &places);
-    __syncwarp();
-    const auto query_row = [&](int row) {
-      const int token = (first_row + row) / g.rs, head = (first_row + row) % g.rs;
-      return lola_device_at(g.q, span.batch, span.first + block.first + token, set * g.rs + head);
-    };
-    /* Index of a row in z and recalled. */
-    const auto linear_row = [&](int row) {
-      const int token = (first_row + row) / g.rs, head = (first_row + row) % g.rs;
-      return (static_cast<int64_t>(span.token) + block.first + token) * g.Hq + set * g.rs + head;
-    };
+    named_barrier_sync(3, 128); /* nobody needs the block before any more */
+    if (warp == 0) open_work<DP, layout::M>(g, parts, row_tiles, static_cast<int>(index), &work);
+    named_barrier_sync(3, 128);
+    if (!work.pairs) continue;
+    const int rows = work.item.rows, tiles = work.item.tiles, slots = tiles + work.item.recalled;
     /* The queries' place is free after the block before: until then pairs come first. */
     const int queries_at = layout::HELD ? 0 : min(layout::STAGES - 1, tiles - 1);
     if (!layout::HELD)
-      for (int i = thread; i < rows; i += 128)
+#pragma unroll 1
+      for (int i = thread; i < rows; i += 128) {
+        const char *row = query_row(i);
 #pragma unroll
-        for (int j = 0; j < DP * 2; j += 128) prefetch_l2(query_row(i) + j);
+        for (int j = 0; j < DP * 2; j += 128) prefetch_l2(row + j);
+      }
 
-    /* What this lane's address depends on is read one tile ahead: a pair's code, or a row's z. */
-    int code = 0;
-    float z = 0;
+    /* What this lane's address depends on is read one tile ahead: a pair's code, or the bits of a row's z. */
+    int code;
     const auto look_up = [&](int slot) {
       const int row = (slot - tiles) * 64 + own;
-      if (slot < tiles) code = pair_code(places, min(slot * WGMMA_PAIRS + own, pairs - 1));
-      if (slot >= tiles) z = row < rows ? g.z[linear_row(row)] : 0;
+      if (slot < tiles)
+        code = pair_code(work.places, min(slot * WGMMA_PAIRS + own, work.pairs - 1));
+      else
+        code = row < rows ? __float_as_int(work.z[linear_row(row)]) : 0;
     };
     look_up(0);
+#pragma unroll 1
     for (int slot = 0; slot < slots; slot++, at.advance()) {
       if (slot == queries_at) {
         barrier_wait(base + layout::Q_EMPTY, q_parity);
         q_parity ^= 1;
-        for (int i = 0; i < rows; i += 64)
-          copy_rows<DP>(base + i / 64 * layout::TILE_BYTES, query_row(min(i + own, rows - 1)), 0);
+#pragma unroll 1
+        for (int i = 0; i < rows; i += 64) {
+          share_rows(sources, query_row(min(i + own, rows - 1)), 0);
+          copy_rows<DP>(base + i / 64 * layout::TILE_BYTES, sources);
+        }
         barrier_arrive_after_copies(base + layout::Q_FULL);
         if (thread == 0) {
-          mailbox[letter] = wgmma_item{end_of(g, block), first_row, rows, block.seen, tiles, recalled, false};
+          mailbox[letter] = work.item;
           barrier_arrive(base + layout::Q_FULL);
         }
         letter ^= 1;
       }
       const uint32_t stage = base + layout::RING + at.stage * layout::STAGE_BYTES;
-      const uint32_t full[2] = {base + layout::K_FULL + 8 * at.stage, base + layout::V_FULL + 8 * at.stage};
-      const uint32_t empty[2] = {base + layout::K_EMPTY + 8 * at.stage, base + layout::V_EMPTY + 8 * at.stage};
+      const uint32_t barrier = base + 8 * at.stage;
       if (slot < tiles) {
-        const char *from = pair_row(places, lane >= 16, code);
+        const char *from = pair_row(work.places, lane >= 16, code);
         if (slot + 1 < slots) look_up(slot + 1);
 #pragma unroll
         for (int values = 0; values < 2; values++) {
-          barrier_wait(empty[values], at.parity ^ 1);
-          copy_rows<DP>(stage + values * layout::TILE_BYTES, from, values * 16);
-          barrier_arrive_after_copies(full[values]);
+          share_rows(sources, from, values * 16);
+          barrier_wait(barrier + (values ? layout::V_EMPTY : layout::K_EMPTY), at.parity ^ 1);
+          copy_rows<DP>(stage + values * layout::TILE_BYTES, sources);
+          barrier_arrive_after_copies(barrier + (values ? layout::V_FULL : layout::K_FULL));
         }
       } else {
-        const float *from = z > 0 ? g.recalled + linear_row((slot - tiles) * 64 + own) * DP : nullptr;
+        const char *from = nullptr; /* where z is 0, recalled is unset */
+        if (__int_as_float(code) > 0)
+          from = reinterpret_cast<const char *>(work.recalled + linear_row((slot - tiles) * 64 + own) * DP);
         if (slot + 1 < slots) look_up(slot + 1);
-        barrier_wait(empty[0], at.parity ^ 1);
-        barrier_wait(empty[1], at.parity ^ 1);
-        copy_recalled<DP>(stage, reinterpret_cast<const char *>(from));
-        barrier_arrive_after_copies(full[0]);
-        barrier_arrive_after_copies(full[1]);
+        barrier_wait(barrier + layout::K_EMPTY, at.parity ^ 1);
+        barrier_wait(barrier + layout::V_EMPTY, at.parity ^ 1);
+        share_rows(sources, from, 0);
+        copy_recalled<DP>(stage, sources);
+        barrier_arrive_after_copies(barrier + layout::K_FULL);
+        barrier_arrive_after_copies(barrier + layout::V_FULL);
       }
     }
   }
@@ -196,40 +251,40 @@ __device__ __forceinline__ void wgmma_produce(const lola_device_segment &g, int 
   barrier_arrive(base + layout::Q_FULL);
 }
 
-/* The softmax of a lane's two rows so far: their maxima (of unscaled logits), those that exponents are taken from, and
- * this lane's parts of the sums. */
+/* The softmax of a lane's two rows so far: the logits (unscaled) that exponents are taken from, and this lane's parts
+ * of the sums. The first is finite, so that a tile without a visible pair leaves the sums alone. */
 struct softmax_state {
-  float high[2] = {WGMMA_LOWEST, WGMMA_LOWEST}, from[2] = {WGMMA_LOWEST, WGMMA_LOWEST}, sum[2] = {0, 0};
+  float from[2] = {-1e30f, -1e30f}, sum[2] = {0, 0};
 };
 
-/* Turns the logits of a tile into exponentials and adds them to the sums. `rescale`: what earlier sums must be
- * multiplied by, 1 for most tiles. Exponents are factor * s - factor * from, the latter rounded once, the same in every
- * tile. Needs factor > 0. */
+/* Turns the logits of a tile into exponentials and adds them to the sums. The exponents' origin follows the maximum
+ * when that is more than `rise` above it, in base 2, and `rescale` is what earlier sums must be multiplied by: 1 for
+ * most tiles. Exponents are factor * s - factor * from, the latter rounded once, the same in every tile. Needs
+ * factor > 0. */
 template <int N>
-__device__ __forceinline__ void softmax_rows(float (&s)[N][4], float factor, softmax_state *state,
+__device__ __forceinline__ void softmax_rows(float (&s)[N][4], float factor, float rise, softmax_state *state,
                                              float (&rescale)[2]) {
-  float high[2][4];
-#pragma unroll
-  for (int j = 0; j < N; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float &most = high[i / 2][j % 2 * 2 + i % 2];
-      most = j < 2 ? s[j][i] : fmaxf(most, s[j][i]);
-    }
-  float base[2];
+  float most[2][2], base[2];
 #pragma unroll
   for (int half = 0; half < 2; half++)
-    high[half][0] = fmaxf(fmaxf(high[half][0], high[half][1]), fmaxf(high[half][2], high[half][3]));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      most[half][i] = fmaxf(s[i][half * 2], s[i][half * 2 + 1]);
+#pragma unroll
+      for (int j = 2 + i; j < N; j += 2)
+        most[half][i] = fmaxf(most[half][i], fmaxf(s[j][half * 2], s[j][half * 2 + 1]));
+    }
+#pragma unroll
+  for (int half = 0; half < 2; half++) most[half][0] = fmaxf(most[half][0], most[half][1]);
 #pragma unroll
   for (int distance = 1; distance < 4; distance *= 2)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      high[half][0] = fmaxf(high[half][0], __shfl_xor_sync(0xffffffffu, high[half][0], distance));
+      most[half][0] = fmaxf(most[half][0], __shfl_xor_sync(0xffffffffu, most[half][0], distance));
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    state->high[half] = fmaxf(state->high[half], high[half][0]);
     const float before = state->from[half];
-    if ((state->high[half] - before) * factor > WGMMA_RISE) state->from[half] = state->high[half];
+    if ((most[half][0] - before) * factor > rise) state->from[half] = most[half][0];
     base[half] = __fmul_rn(state->from[half], factor);
     rescale[half] = power_of_two(__fsub_rn(__fmul_rn(before, factor), base[half]));
   }
@@ -248,18 +303,21 @@ __device__ __forceinline__ void softmax_rows(float (&s)[N][4], float factor, sof
 
 template <typename T, int DP, int WGS, int SUBS>
 __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, const logit_scale &scale,
-                                              const unsigned char *shared) {
+                                              unsigned char *shared) {
   using layout = wgmma_layout<DP, WGS, SUBS>;
   using place = ring_place<layout::STAGES>;
   constexpr int N = WGMMA_PAIRS / 8, PANEL = WGMMA_PAIRS * 128;
   constexpr int TILE = layout::TILE_BYTES / 16, STAGE = layout::STAGE_BYTES / 16; /* as descriptors count */
   const uint32_t base = shared_address(shared);
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32, warps = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); /* the same in all lanes */
+  const int group = warps / 4, warp = warps % 4;
   const wgmma_item *mailbox = reinterpret_cast<const wgmma_item *>(shared + layout::ITEMS);
-  /* Of warpgroup 0's first rows and of stage 0. */
-  const uint64_t queries = wgmma_descriptor(base, 16), keys = wgmma_descriptor(base + layout::RING, 16),
-                 values = wgmma_descriptor(base + layout::RING + layout::TILE_BYTES, PANEL);
-  const bool flip = scale.flip, odd_scale = flip || !scale.keep;
+  /* Of the warpgroup's first rows and of stage 0. */
+  const uint32_t queries = wgmma_matrix(base + group * layout::TILE_BYTES, 16),
+                 keys = wgmma_matrix(base + layout::RING, 16),
+                 values = wgmma_matrix(base + layout::RING + layout::TILE_BYTES, PANEL);
+  /* LoLCATs' weights need the true maximum. */
+  const float rise = g.mixing == LOLA_MIXING_LOLCATS ? 0 : WGMMA_RISE;
   place at;
   if (layout::TURNS && group == 1) named_barrier_arrive(1, 256); /* the first turn is warpgroup 0's */
   for (uint32_t letter = 0;; letter ^= 1) {
@@ -278,20 +336,24 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(base + layout::Q_EMPTY);
+    } else if (scale.flip || !scale.keep) { /* the warpgroup changes its rows in their place */
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < SUBS * layout::TILE_BYTES / 4; i += 128) {
+        const int tile = i / (layout::TILE_BYTES / 4) * WGS + group, word = i % (layout::TILE_BYTES / 4);
+        uint32_t &x = reinterpret_cast<uint32_t *>(shared + tile * layout::TILE_BYTES)[word];
+        x = (x & scale.keep) ^ scale.flip;
+      }
+      fence_async_proxy();
+      named_barrier_sync(4 + group, 128);
     }
 
-    /* This lane's rows of sub h: 64 (h WGS + group) + 16 warp + lane / 4 and 8 more. A row without a query sees what the
-     * last one sees. */
+    /* This lane's rows of sub h: 64 (h WGS + group) + 16 warp + lane / 4 and 8 more. A row without a query sees what
+     * the last one sees. */
     const auto row_of = [&](int h, int half) { return (h * WGS + group) * 64 + warp * 16 + lane / 4 + half * 8; };
-    int seen[SUBS][2], seen_by_all[SUBS];
+    int seen_by_all[SUBS]; /* of the warp's rows */
 #pragma unroll
-    for (int h = 0; h < SUBS; h++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        seen[h][half] = item.seen + (item.first_row + min(row_of(h, half), item.rows - 1)) / g.rs - 2 * (lane % 4);
-      seen_by_all[h] =
-          item.seen + (item.first_row + min((h * WGS + group) * 64 + warp * 16, item.rows - 1)) / g.rs;
-    }
+    for (int h = 0; h < SUBS; h++)
+      seen_by_all[h] = item.seen + (item.first_row + min((h * WGS + group) * 64 + warp * 16, item.rows - 1)) / g.rs;
 
     float o[SUBS][DP / 8][4] = {}, s[N][4], rescale[2];
     uint32_t p[N / 2][4];
@@ -312,7 +374,7 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
         if constexpr (layout::HELD)
           wgmma<T, 0>(s, q[k], keys + from.stage * STAGE + step, k > 0);
         else
-          wgmma_shared<T>(s, queries + (h * WGS + group) * TILE + step, keys + from.stage * STAGE + step, k > 0);
+          wgmma_shared<T>(s, queries + h * WGS * TILE + step, keys + from.stage * STAGE + step, k > 0);
       }
       wgmma_commit();
     };
@@ -324,20 +386,19 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
       wgmma_commit();
     };
     const auto exponentials = [&](int h, int tile) {
-      if (!layout::HELD && odd_scale) {
-#pragma unroll
-        for (int j = 0; j < N; j++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) s[j][i] = flip ? -s[j][i] : 0;
-      }
       if ((tile + 1) * WGMMA_PAIRS > seen_by_all[h]) {
 #pragma unroll
-        for (int j = 0; j < N; j++)
+        for (int half = 0; half < 2; half++) {
+          const int token = (item.first_row + min(row_of(h, half), item.rows - 1)) / g.rs;
+          const int seen = item.seen + token - tile * WGMMA_PAIRS - lane % 4 * 2;
 #pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (tile * WGMMA_PAIRS + j * 8 + i % 2 >= seen[h][i / 2]) s[j][i] = -INFINITY;
+          for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              if (j * 8 + i >= seen) s[j][half * 2 + i] = -INFINITY;
+        }
       }
-      softmax_rows(s, scale.factor, &state[h], rescale);
+      softmax_rows(s, scale.factor, rise, &state[h], rescale);
     };
     /* After `exponentials`, when no product of o[h] or p is under way. */
     const auto take_exponentials = [&](int h) {
@@ -355,9 +416,14 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
         p[k][3] = pack<T>(s[2 * k + 1][2], s[2 * k + 1][3]);
       }
     };
+    const auto await_copies = [&](int barriers, const place &from) {
+      await(barriers, from);
+      if (WGMMA_COPY_FENCE) fence_async_proxy();
+    };
     /* Queues the logits of sub h with the tile at `next` and the sums of sub `last` with that at `from`, and works on
-     * the former while the tensor cores do the latter. */
-    const auto step = [&](int h, const place &next, int tile, int last, const place &from) {
+     * the former while the tensor cores do the latter. `await_next` waits for what the step after this one needs; it is
+     * also the branch that keeps the compiler from moving the last wait up before the exponentials. */
+    const auto step = [&](int h, const place &next, int tile, int last, const place &from, const auto &await_next) {
       if (layout::TURNS) named_barrier_sync(1 + group, 256);
       queue_logits(h, next);
       queue_sums(last, from);
@@ -367,14 +433,14 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
       if (h == SUBS - 1) release(layout::K_EMPTY, next);
       exponentials(h, tile);
       pin(s);
+      await_next();
       wgmma_wait<0>();
       pin(o[last]);
       if (last == SUBS - 1) release(layout::V_EMPTY, from);
       take_exponentials(h);
     };
 
-    await(layout::K_FULL, at);
-    if (WGMMA_COPY_FENCE) fence_async_proxy();
+    await_copies(layout::K_FULL, at);
     queue_logits(0, at);
     wgmma_wait<0>();
     pin(s);
@@ -382,20 +448,26 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
     exponentials(0, 0);
     take_exponentials(0);
     await(layout::V_FULL, at);
-    if (SUBS == 2 && WGMMA_COPY_FENCE) fence_async_proxy();
-    for (int tile = 0;;) {
-      if constexpr (SUBS == 2) step(1, at, tile, 0, at);
-      if (++tile >= tiles) break;
-      const place before = at;
-      at.advance();
-      await(layout::K_FULL, at);
-      if (SUBS == 2) await(layout::V_FULL, at);
-      if (WGMMA_COPY_FENCE) fence_async_proxy();
-      step(0, at, tile, SUBS - 1, before);
-      if (SUBS == 1) await(layout::V_FULL, at);
+    place next = at;
+    next.advance();
+    if (SUBS == 1 && tiles > 1) await(layout::K_FULL, next);
+    if (WGMMA_COPY_FENCE) fence_async_proxy();
+    for (int tile = 1;; tile++) {
+      if constexpr (SUBS == 2)
+        step(1, at, tile - 1, 0, at, [&] {
+          if (tile < tiles) await_copies(layout::K_FULL, next);
+        });
+      if (tile >= tiles) break;
+      const place now = next;
+      next.advance();
+      step(0, now, tile, SUBS - 1, at, [&] {
+        await(layout::V_FULL, now);
+        if (SUBS == 1 && tile + 1 < tiles) await(layout::K_FULL, next);
+        if (WGMMA_COPY_FENCE) fence_async_proxy();
+      });
+      at = now;
     }
     if (!layout::HELD && lane == 0) barrier_arrive(base + layout::Q_EMPTY);
-    if (SUBS == 1 && WGMMA_COPY_FENCE) fence_async_proxy();
     queue_sums(SUBS - 1, at);
 
     /* The linear term: the tiles of recalled are in the ring in order of rows. */
@@ -424,8 +496,8 @@ __device__ __forceinline__ void wgmma_consume(const lola_device_segment &g, cons
           const unsigned char *tile = shared + layout::RING + at.stage * layout::STAGE_BYTES;
 #pragma unroll
           for (int half = 0; half < 2; half++)
-            finish_row<T>(g.mixing, end[half], DP, half, o[h], state[h].high[half] * scale.factor, state[h].sum[half],
-                          power_of_two((state[h].from[half] - state[h].high[half]) * scale.factor), [&](int j) {
+            finish_row<T>(g.mixing, end[half], DP, half, o[h], state[h].from[half] * scale.factor, state[h].sum[half],
+                          [&](int j) {
                             return *reinterpret_cast<const float2 *>(
                                 tile + recalled_offset<DP>(warp * 16 + lane / 4 + half * 8, j * 2 + lane % 4 / 2) +
                                 lane % 2 * 8);

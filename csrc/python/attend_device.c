@@ -32,8 +32,7 @@ static int widen(call *call, int *widened) {
   lola_message message;
   if (call->raw.map.kind != LOLA_MAP_GIVEN || self->cache->stores_features || !call->tokens) return 0;
   if (self->on->capturing && !self->on->temporary)
-    return refuse_recorded(
-        "a cache's first call with features of the caller's own cannot be recorded: make one before,");
+    return refuse_recorded("a cache's first call with features of the caller's own cannot be made");
   lola_status status = lola_cache_store_features(self->cache, &message);
   *widened = !status;
   if (!status) status = device_cache_furnish(self->on, self->cache, &message);
@@ -115,7 +114,7 @@ static int bring_scores(call *call, lola_array *scores, void **scratch) {
 }
 
 static int prepare(call *call, lola_cuda_call *raw, int *widened, void **scratch) {
-  int64_t batch = call->cache->cache->shape.batch, *index = call->cache->on->index;
+  int64_t batch = call->cache->cache->shape.batch;
   if (call->raw.check_finite && call->cache->on->capturing) return refuse_recorded("check must not be True");
   if (call->staged && call->cache->on->capturing) return refuse_recorded("arrays must lie on the device");
   if (check_terms(call) || follow_arrays(call) || widen(call, widened)) return -1;
@@ -123,7 +122,7 @@ static int prepare(call *call, lola_cuda_call *raw, int *widened, void **scratch
   if (call->raw.map.kind != LOLA_MAP_GIVEN &&
       feature_map_on((feature_map_object *)call->arguments[ARG_FEATURE_MAP], call->device, &raw->base.map))
     return -1;
-  index = call->cache->on->index; /* which moves when the cache grows */
+  int64_t *index = call->cache->on->index; /* which moves when the cache is widened */
   return bring_gate(call, &raw->base) || bring_index(call, &call->starts_given, call->starts, index, &raw->starts) ||
                  bring_index(call, &call->stops_given, call->stops, index + batch, &raw->stops) ||
                  bring_index(call, &call->cu_given, call->cu_seqlens, index, &raw->cu_seqlens) ||
@@ -155,6 +154,16 @@ static lola_status launch(call *call, lola_cuda_call *raw, lola_message *message
   return status;
 }
 
+/* 1 where the host can tell that a call of one token begins no chunk: most steps of decoding, which are one launch
+ * then. A graph must hold the update, since its replays go on to other chunks. */
+static int begins_no_chunk(const call *call) {
+  const device_cache *on = call->cache->on;
+  if (call->q.shape[1] != 1 || on->capturing || on->shared || !on->counted) return 0;
+  for (int64_t b = 0; b < call->row_count; b++)
+    if (on->seen[b] % call->cache->cache->config.chunk == 0) return 0;
+  return 1;
+}
+
 /* The host's own count of what each row has seen. */
 static void count_seen(call *call) {
   device_cache *on = call->cache->on;
@@ -179,6 +188,7 @@ int run_device(call *call) {
   if (!call->staged) on->library = call->q.library;
   int failed = prepare(call, &raw, &widened, &scratch);
   if (!failed) {
+    raw.no_update = begins_no_chunk(call);
     Py_BEGIN_ALLOW_THREADS status = launch(call, &raw, &message);
     Py_END_ALLOW_THREADS
   }

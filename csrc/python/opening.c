@@ -234,10 +234,20 @@ static int open_device(binding_state *state, view *array, int number) {
   return library_stream(state, &array->library, number, &array->stream);
 }
 
+/* Whether the object's type is of this library, or one whose name begins so. */
+static int is_of(PyObject *object, const char *library) {
+  PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__module__");
+  const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : NULL;
+  int same = name && !strncmp(name, library, strlen(library));
+  Py_XDECREF(module);
+  PyErr_Clear();
+  return same;
+}
+
 /* Torch and CuPy tell their current stream; others are told to be ready on the default one. */
 static library library_of(PyObject *object) {
   library found = {LIBRARY_NONE, NULL};
-  if (!strncmp(Py_TYPE(object)->tp_name, "cupy", 4)) {
+  if (is_of(object, "cupy")) {
     found.kind = LIBRARY_CUPY;
     return found;
   }
@@ -307,7 +317,7 @@ static int stream_keyword(binding_state *state, view *array, PyObject **stream) 
 }
 
 static int open_capsule(binding_state *state, PyObject *method, view *array) {
-  int immutable = !strncmp(Py_TYPE(array->object)->tp_name, "jax", 3); /* which DLPack does not always say */
+  int immutable = is_of(array->object, "jax"); /* which DLPack does not always say */
   PyObject *stream;
   if (stream_keyword(state, array, &stream)) return -1;
   array->capsule = ask_capsule(state, method, stream);

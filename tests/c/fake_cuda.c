@@ -1,10 +1,10 @@
 /* A CUDA backend without CUDA, for tests of the binding: lola_cuda_api over host memory, as the module `lola._cuda`.
  *
  * It is stricter than a device. Device addresses cannot be read by the host (they lie in a region without access; the
- * numbers are in a shadow of it), freed memory is never given out again, and streams are lazy: what was queued happens when
- * somebody waits for it and no sooner, page-locked memory is read at that moment, and nothing orders one stream against
- * another but events, the default stream included. So a missing wait shows as wrong numbers, not now and then but always.
- * A stream that records a graph keeps what is queued for `replay`. Attention is lola_cpu_attention. */
+ * numbers are in a shadow of it), freed memory is never given out again, and streams are lazy: what was queued happens
+ * when somebody waits for it and no sooner, page-locked memory is read at that moment, and nothing orders one stream
+ * against another but events, the default stream included. So a missing wait shows as wrong numbers, not now and then
+ * but always. A stream that records a graph keeps what is queued for `replay`. Attention is lola_cpu_attention. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -270,7 +270,8 @@ static lola_status queue_copy(int device, void *target, int64_t target_pitch, co
   int64_t numbers[] = {target_pitch, source_pitch, bytes, rows, kind};
   memcpy(op->numbers, numbers, sizeof numbers);
   const void *host = kind == LOLA_COPY_TO_DEVICE ? source : target;
-  int pageable = kind != LOLA_COPY_ON_DEVICE && !block_of(host, bytes), capturing = stream_of(device, stream)->capturing;
+  int pageable = kind != LOLA_COPY_ON_DEVICE && !block_of(host, bytes),
+      capturing = stream_of(device, stream)->capturing;
   if (pageable && capturing) forbid("pageable memory in a graph");
   if (pageable && kind == LOLA_COPY_TO_DEVICE) {
     op->bytes = malloc((size_t)(bytes * rows));
@@ -396,7 +397,8 @@ static lola_status event_wait(int device, void *handle, void *stream, lola_messa
 static int64_t item_of(lola_dtype dtype) { return dtype == LOLA_FLOAT32 ? 4 : 2; }
 
 static int64_t last_of(const lola_array *array, int64_t B, int64_t T, int64_t H, int64_t n) {
-  return ((B - 1) * array->stride_b + (T - 1) * array->stride_t + (H - 1) * array->stride_h + n) * item_of(array->dtype);
+  return ((B - 1) * array->stride_b + (T - 1) * array->stride_t + (H - 1) * array->stride_h + n) *
+         item_of(array->dtype);
 }
 
 /* The array with the address that the host can read; strides here are never negative. */
@@ -416,8 +418,10 @@ static int64_t read_rows(const lola_cuda_call *call, int64_t B, lola_row *rows) 
   int64_t T = call->tokens, total = 0;
   for (int64_t b = 0; b < B; b++) {
     int packed = call->cu_seqlens.data != NULL;
-    int64_t start = packed ? index_at(&call->cu_seqlens, call->device, b, 0, T) : index_at(&call->starts, call->device, b, 0, T);
-    int64_t stop = packed ? index_at(&call->cu_seqlens, call->device, b + 1, 0, T) : index_at(&call->stops, call->device, b, T, T);
+    int64_t start =
+        packed ? index_at(&call->cu_seqlens, call->device, b, 0, T) : index_at(&call->starts, call->device, b, 0, T);
+    int64_t stop =
+        packed ? index_at(&call->cu_seqlens, call->device, b + 1, 0, T) : index_at(&call->stops, call->device, b, T, T);
     rows[b] = (lola_row){packed ? 0 : b, start, stop > start ? stop - start : 0};
     total += rows[b].count;
   }
@@ -436,12 +440,15 @@ static lola_feature_map map_at(int device, lola_feature_map map, int64_t Hq, int
 }
 
 static void cache_at(lola_cache *cache) {
-  void **pointers[] = {(void **)&cache->tokens_seen,      (void **)&cache->chunks,        (void **)&cache->row_ids,
-                       &cache->window_keys,               &cache->window_values,          &cache->sparse_keys,
-                       &cache->sparse_values,             (void **)&cache->sparse_positions, (void **)&cache->sparse_scores,
-                       (void **)&cache->sparse_count,     (void **)&cache->hidden,        (void **)&cache->normalizer,
-                       (void **)&cache->folded,           (void **)&cache->window_given,  (void **)&cache->sparse_given,
-                       &cache->window_features,           &cache->sparse_features};
+  void **pointers[] = {(void **)&cache->tokens_seen,   (void **)&cache->chunks,
+                       (void **)&cache->row_ids,       &cache->window_keys,
+                       &cache->window_values,          &cache->sparse_keys,
+                       &cache->sparse_values,          (void **)&cache->sparse_positions,
+                       (void **)&cache->sparse_scores, (void **)&cache->sparse_count,
+                       (void **)&cache->hidden,        (void **)&cache->normalizer,
+                       (void **)&cache->folded,        (void **)&cache->window_given,
+                       (void **)&cache->sparse_given,  &cache->window_features,
+                       &cache->sparse_features};
   for (size_t i = 0; i < sizeof pointers / sizeof *pointers; i++)
     for (int j = 0; *pointers[i] && j < cache->buffer_count; j++)
       if (cache->buffers[j].data == *pointers[i] && cache->buffers[j].nbytes) { /* empty ones share an address */
@@ -480,8 +487,9 @@ static void run_attention(operation *op) {
     for (int64_t b = 0; written[i]->data && b < B; b++)
       for (int64_t t = 0; t < T; t++)
         for (int64_t h = 0; h < s->heads; h++)
-          memset((char *)written[i]->data + (b * written[i]->stride_b + t * written[i]->stride_t + h * written[i]->stride_h) *
-                                                item_of(written[i]->dtype),
+          memset((char *)written[i]->data +
+                     (b * written[i]->stride_b + t * written[i]->stride_t + h * written[i]->stride_h) *
+                         item_of(written[i]->dtype),
                  0, (size_t)((i ? 1 : s->value_dim) * item_of(written[i]->dtype)));
   if (total && !illegal[0] && lola_cpu_attention(cache, &call, &message)) forbid(message.text);
 }
@@ -536,8 +544,8 @@ static lola_status check_finite(const lola_cache *cache, const lola_cuda_call *c
       for (int64_t t = rows[r].first; t < rows[r].first + rows[r].count; t++)
         for (int64_t h = 0; h < inputs[i].heads; h++)
           for (int64_t j = 0; j < inputs[i].n; j++)
-            if (odd_float(array.data, rows[r].b * array.stride_b + t * array.stride_t + h * array.stride_h + j, array.dtype,
-                          i == 3 || i == 4))
+            if (odd_float(array.data, rows[r].b * array.stride_b + t * array.stride_t + h * array.stride_h + j,
+                          array.dtype, i == 3 || i == 4))
               *odd |= 1 << i;
   }
   const lola_index *starts = &call->starts, *stops = &call->stops;
@@ -584,14 +592,14 @@ static void run_state(operation *op) {
     status = lola_cpu_score(&fk, &v, H, s, n[0], n[1], n[2], n[3], n[4], n[5],
                             at(op->device, op->pointers[2], n[0] * n[1] * n[2] * 4), &message);
   else
-    status = lola_cpu_fold(&fk, &v, H, s, op->pointers[2] ? at(op->device, op->pointers[2], n[0] * n[3] * 8) : NULL, n[0],
-                           n[1], n[2], n[3], n[4], n[5], &message);
+    status = lola_cpu_fold(&fk, &v, H, s, op->pointers[2] ? at(op->device, op->pointers[2], n[0] * n[3] * 8) : NULL,
+                           n[0], n[1], n[2], n[3], n[4], n[5], &message);
   if (status) forbid(message.text);
 }
 
-static lola_status queue_state(const char *name, const lola_array *fk, const lola_array *v, const float *H, const float *s,
-                               const void *third, int64_t B, int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv,
-                               int score, int device, void *stream, lola_message *message) {
+static lola_status queue_state(const char *name, const lola_array *fk, const lola_array *v, const float *H,
+                               const float *s, const void *third, int64_t B, int64_t S, int64_t Hq, int64_t Hs,
+                               int64_t F, int64_t Dv, int score, int device, void *stream, lola_message *message) {
   lola_status status = enter(name, message);
   if (status) return status;
   operation *op = queue(device, stream, run_state);
@@ -605,8 +613,8 @@ static lola_status queue_state(const char *name, const lola_array *fk, const lol
   return LOLA_OK;
 }
 
-static lola_status score(const lola_array *fk, const lola_array *v, const float *H, const float *s, int64_t B, int64_t S,
-                         int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, float *out, int device, void *stream,
+static lola_status score(const lola_array *fk, const lola_array *v, const float *H, const float *s, int64_t B,
+                         int64_t S, int64_t Hq, int64_t Hs, int64_t F, int64_t Dv, float *out, int device, void *stream,
                          lola_message *message) {
   return queue_state("score", fk, v, H, s, out, B, S, Hq, Hs, F, Dv, 1, device, stream, message);
 }
@@ -628,8 +636,9 @@ static void run_select(operation *op) {
     forbid(message.text);
 }
 
-static lola_status step_select(const float *scores, const int64_t *count, int64_t B, int64_t S, int64_t Hs, int64_t keep,
-                               int64_t *kept, int64_t *dropped, int device, void *stream, lola_message *message) {
+static lola_status step_select(const float *scores, const int64_t *count, int64_t B, int64_t S, int64_t Hs,
+                               int64_t keep, int64_t *kept, int64_t *dropped, int device, void *stream,
+                               lola_message *message) {
   lola_status status = enter("select", message);
   if (status) return status;
   operation *op = queue(device, stream, run_select);
@@ -665,10 +674,32 @@ static lola_status attend(const lola_attend_call *call, int device, void *stream
 }
 
 static const lola_cuda_api table = {
-    LOLA_CUDA_API_VERSION, device_count, current_device, allocate,     release,    allocate_host,   release_host, copy,
-    copy_rows,             zero,         synchronize,    stream_create, stream_destroy, capturing, event_create, event_destroy,
-    event_record,          event_wait,   attention,      workspace_bytes, check_finite, features,  score,        step_select,
-    fold,                  attend,
+    LOLA_CUDA_API_VERSION,
+    device_count,
+    current_device,
+    allocate,
+    release,
+    allocate_host,
+    release_host,
+    copy,
+    copy_rows,
+    zero,
+    synchronize,
+    stream_create,
+    stream_destroy,
+    capturing,
+    event_create,
+    event_destroy,
+    event_record,
+    event_wait,
+    attention,
+    workspace_bytes,
+    check_finite,
+    features,
+    score,
+    step_select,
+    fold,
+    attend,
 };
 
 /* --- the module ----------------------------------------------------------------------------- */
@@ -951,11 +982,8 @@ static PyMethodDef functions[] = {
 };
 
 static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "lola._cuda",
-    .m_doc = "Not CUDA: a stand-in for tests.",
-    .m_size = -1,
-    .m_methods = functions,
+    PyModuleDef_HEAD_INIT, .m_name = "lola._cuda", .m_doc = "Not CUDA: a stand-in for tests.",
+    .m_size = -1,          .m_methods = functions,
 };
 
 PyMODINIT_FUNC PyInit__cuda(void) {
