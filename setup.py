@@ -40,7 +40,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fPIC,
 
 def find_nvcc():
     """The path of nvcc or None, as LOLA_CUDA asks for it."""
-    wanted = os.environ.get("LOLA_CUDA", "0")  # FIXME auto
+    wanted = os.environ.get("LOLA_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise PlatformError(f"LOLA_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "0":

@@ -3,7 +3,9 @@
  * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
  * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
- * Both give each row a few blocks whose warps share its work; a row without work costs a block one look at its span. */
+ * Both give each row a few blocks whose warps share its work; a row without work costs a block one look at its span.
+ * Both are launched chained, and let the next kernel start at once: decoding waits for them where it matters. */
+#include "chain.cuh"
 #include "segment.cuh"
 
 namespace {
@@ -51,7 +53,9 @@ __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, cons
 /* A warp looks at 32 slots at a time. */
 __global__ void __launch_bounds__(THREADS)
     commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
+  lola_device_start_next();
   const int row = blockIdx.x / blocks_per_row;
+  lola_device_await_previous();
   const lola_device_span span = g.spans[row];
   if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
   const int lane = threadIdx.x % 32;
@@ -92,7 +96,9 @@ __global__ void __launch_bounds__(THREADS)
 /* A warp writes one token of one KV head at a time. */
 __global__ void __launch_bounds__(THREADS)
     commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
+  lola_device_start_next();
   const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
+  lola_device_await_previous();
   const lola_device_span span = g.spans[row];
   if (span.tokens == 0) return;
   const int lane = threadIdx.x % 32, sets = g.S / g.Hkv;
@@ -134,6 +140,13 @@ int blocks_for(int64_t warps, int B) {
   return blocks < 1 ? 1 : static_cast<int>(blocks);
 }
 
+lola_status launched(cudaError_t error, const char *kernel, lola_message *message) {
+  if (error == cudaSuccess) return lola_cuda_launched(kernel, message);
+  cudaGetLastError();
+  return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel %s could not be launched: %s", kernel,
+                   cudaGetErrorString(error));
+}
+
 lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
   if (static_cast<int64_t>(B) * blocks_per_row <= INT64_C(0x7fffffff)) return LOLA_OK;
   return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", B);
@@ -146,8 +159,9 @@ lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStre
   const int blocks = blocks_for((segment->L + INT64_C(31)) / 32 * segment->S, segment->B);
   lola_status status = check_batch(segment->B, blocks, message);
   if (status) return status;
-  commit_sparse_kernel<<<segment->B * blocks, THREADS, 0, stream>>>(*segment, blocks);
-  return lola_cuda_launched("commit_sparse", message);
+  return launched(lola_cuda_launch_chained(commit_sparse_kernel, static_cast<unsigned>(segment->B * blocks), THREADS, 0,
+                                           stream, *segment, blocks),
+                  "commit_sparse", message);
 }
 
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
@@ -156,6 +170,7 @@ lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStre
   const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
   lola_status status = check_batch(segment->B, blocks, message);
   if (status) return status;
-  commit_window_kernel<<<segment->B * blocks, THREADS, 0, stream>>>(*segment, blocks);
-  return lola_cuda_launched("commit_window", message);
+  return launched(lola_cuda_launch_chained(commit_window_kernel, static_cast<unsigned>(segment->B * blocks), THREADS, 0,
+                                           stream, *segment, blocks),
+                  "commit_window", message);
 }

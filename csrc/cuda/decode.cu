@@ -1,874 +1,385 @@
 /* decode: one token for each row that is not idle, one launch.
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: for
- * each (row, KV head) one block per query head for phi(q)^T H (a float32 F x Dv state), one per tile of sparse pairs
- * and one per tile of window pairs. A block asks for all that it reads (cp.async, 16 bytes a piece) before it waits for
- * anything; a thread computes from the very pieces it copied, so nothing waits for the whole tile. Each leaves a
- * partial in scratch: float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block
- * of a (row, KV head) that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the
- * result does not depend on which one it is. Tiles are fixed by the cache's sizes alone: the same row gives the same
- * bits in any batch. The block that holds the newest pair writes it into the window ring and advances the counters,
- * which no other reads. */
-#include <atomic>
-
-#include "segment.cuh"
+ * each (row, KV head) one block per query head for phi(q)^T H (a float32 F x Dv state, decode_state.cuh), one per tile
+ * of sparse pairs and one per tile of window pairs (decode_matrix.cuh for 16-bit caches, else decode_generic.cuh). A
+ * block asks for all that it reads before it waits for anything. Each leaves a partial in scratch: float32 sums o
+ * (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head) that arrives
+ * last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend on which one
+ * it is. Tiles are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The block that
+ * holds the newest pair writes it into the window ring and advances the counters, which no other reads. */
+#include "chain.cuh"
+#include "decode.cuh"
+#include "decode_generic.cuh"
+#include "decode_matrix.cuh"
+#include "decode_state.cuh"
 
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int ROWS = 4;   /* pairs of a tile that one thread works on, at most */
-constexpr int HEADS = 4;  /* query heads at a time */
-constexpr int DEPTH = 16; /* pieces of H that one thread has under way */
-constexpr int PIECE = 16; /* bytes of a copy */
-constexpr int64_t TILE_BYTES = 48 << 10;
-constexpr float LOG2E = 0x1.715476p+0f;
-constexpr float FEATURE_FLOOR = 1e-12f;
-constexpr unsigned ALL = 0xffffffffu;
+/* Blocks per multiprocessor up to which a grid is small: it does not fill memory's queues for long, so each block asks
+ * for its part, and for its whole state, before it knows its row. */
+constexpr int SMALL_GRID = 3;
 
-/* --- the plan: fixed by the cache's sizes ---------------------------------------------------------- */
-
-struct decode_plan {
-  int lanes;                          /* threads that share one pair's key and value: 8, 16 or 32 */
-  int pairs;                          /* of a tile */
-  int key_pieces, value_pieces;       /* of one key, of one value, the last filled up with zeros */
-  int columns;                        /* Dv rounded up to whole pieces; a partial is columns + 4 floats */
-  int64_t window_tiles, sparse_tiles; /* per KV head; per set */
-  int64_t items;                      /* blocks per (row, KV head) */
-  int64_t partials;                   /* per (row, KV head) */
-  int state_vector, state_lanes;      /* floats of H a thread copies at once; threads that share a row of H */
-  int weight_vector, weight_lanes;    /* the same for the feature map's weights */
-  int cache_aligned, call_aligned;    /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
-  int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
-  int reduce_at, x_at, projected_at, phi_at;               /* of a hidden state */
-  int64_t shared_bytes;
-};
+/* --- the plan -------------------------------------------------------------------------------------- */
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int power_of_two(int64_t n, int most) {
-  int p = 1;
-  while (p < most && p < n) p *= 2;
-  return p;
+/* The least power of two that is not below n, but no more than 32, base 2. */
+int shift_of(int64_t n) {
+  int shift = 0;
+  while (shift < 5 && (INT64_C(1) << shift) < n) shift++;
+  return shift;
 }
 
-/* Heads, sets and sizes as lola_cache has them; what depends on the call's arrays is left at 0. */
-decode_plan plan_of(int64_t r, int64_t sets, int64_t D, int64_t Dv, int64_t F, int64_t R, int64_t L, lola_dtype dtype) {
-  const int64_t item = lola_device_item(dtype), per_piece = PIECE / item;
+divisor divisor_of(int64_t d) { return divisor{d > 0 ? UINT64_MAX / static_cast<uint64_t>(d) + 1 : 0, d}; }
+
+struct plan_sizes {
+  int64_t r, sets, D, Dv, F, R, L; /* query heads and sets per KV head */
+  lola_dtype dtype;
+};
+
+/* Whether 16-bit pairs can go to the matrix units. */
+bool fits_matrix(const plan_sizes &sizes) {
+  return sizes.dtype != LOLA_FLOAT32 && sizes.D % 8 == 0 && sizes.Dv % 8 == 0;
+}
+
+/* Whether a tile of them does not stay in a warp's hands. */
+bool is_long(const plan_sizes &sizes) { return sizes.D > SPAN || sizes.Dv > SPAN || sizes.r > MATRIX_HEADS; }
+
+/* Tiles and partials. */
+decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
+  const int64_t per_piece = PIECE / lola_device_item(sizes.dtype);
   decode_plan p = {};
-  const int64_t key_pieces = divided_up(D, per_piece), value_pieces = divided_up(Dv, per_piece);
+  const int64_t key_pieces = divided_up(sizes.D, per_piece), value_pieces = divided_up(sizes.Dv, per_piece);
   const int64_t widest = key_pieces > value_pieces ? key_pieces : value_pieces;
+  p.matrix = matrix;
   p.key_pieces = static_cast<int>(key_pieces);
   p.value_pieces = static_cast<int>(value_pieces);
   p.columns = static_cast<int>(value_pieces * per_piece);
   p.lanes = widest <= 8 ? 8 : widest <= 16 ? 16 : 32;
-  const int64_t groups = THREADS / p.lanes, pass_bytes = groups * (key_pieces + value_pieces) * PIECE;
-  int64_t rows = TILE_BYTES / pass_bytes;
-  rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
-  p.pairs = static_cast<int>(rows * groups);
-  p.window_tiles = divided_up(R, p.pairs);
-  p.sparse_tiles = divided_up(L, p.pairs);
-  p.items = r + sets * p.sparse_tiles + p.window_tiles;
-  p.partials = r * (1 + p.sparse_tiles + p.window_tiles);
-  p.state_vector = Dv % 4 ? 1 : 4;
-  p.state_lanes = power_of_two(divided_up(Dv, p.state_vector), 32);
-
-  /* 64-bit sums: a size too large shows in shared_bytes, and nothing runs. */
-  int64_t values_at = p.pairs * key_pieces * PIECE, merge_at = values_at + p.pairs * value_pieces * PIECE;
-  int64_t sums_at = merge_at + WARPS * HEADS * static_cast<int64_t>(p.columns) * 4;
-  int64_t weight_at = sums_at + WARPS * HEADS * 2 * 4;
-  int64_t queries_at = weight_at + WARPS * ROWS * (32 / p.lanes) * HEADS * 4;
-  int64_t tile_bytes = queries_at + r * key_pieces * per_piece * 4;
-
-  const int64_t groups_of_state = THREADS / p.state_lanes;
-  const int64_t copies = divided_up(F, groups_of_state) * divided_up(Dv, p.state_lanes * p.state_vector);
-  int64_t reduce_at = (copies < DEPTH ? copies : DEPTH) * THREADS * p.state_vector * 4;
-  int64_t x_at = reduce_at + THREADS * 4 * 4 + WARPS * 4;
-  int64_t projected_at = x_at + D * 4, phi_at = projected_at + F * 4;
-  int64_t state_bytes = phi_at + F * 4;
-
-  const int64_t mix_bytes = r * 4 * 4; /* what the merging block keeps per head */
-  p.shared_bytes = tile_bytes > state_bytes ? tile_bytes : state_bytes;
-  if (mix_bytes > p.shared_bytes) p.shared_bytes = mix_bytes;
-  p.values_at = static_cast<int>(values_at);
-  p.merge_at = static_cast<int>(merge_at);
-  p.sums_at = static_cast<int>(sums_at);
-  p.weight_at = static_cast<int>(weight_at);
-  p.queries_at = static_cast<int>(queries_at);
-  p.reduce_at = static_cast<int>(reduce_at);
-  p.x_at = static_cast<int>(x_at);
-  p.projected_at = static_cast<int>(projected_at);
-  p.phi_at = static_cast<int>(phi_at);
+  if (matrix) {
+    p.pairs = MATRIX_PAIRS;
+  } else {
+    const int64_t groups = THREADS / p.lanes, pass_bytes = groups * (key_pieces + value_pieces) * PIECE;
+    int64_t rows = TILE_BYTES / pass_bytes;
+    rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
+    p.pairs = static_cast<int>(rows * groups);
+  }
+  p.window_tiles = divided_up(sizes.R, p.pairs);
+  p.sparse_tiles = divided_up(sizes.L, p.pairs);
+  p.items = sizes.r + sizes.sets * p.sparse_tiles + p.window_tiles;
+  p.slots = p.window_tiles + p.sparse_tiles + 1;
   return p;
+}
+
+int64_t scratch_floats(const decode_plan &plan, int64_t r) { return r * plan.slots * (plan.columns + INT64_C(4)); }
+
+/* Where things lie in shared memory. 64-bit sums: a size too large shows in shared_bytes, and nothing runs. */
+void place_shared(const plan_sizes &sizes, int64_t M, bool small_grid, decode_plan *p) {
+  int64_t at = 0;
+  const auto take = [&at](int64_t bytes) {
+    const int64_t place = at;
+    at += divided_up(bytes, PIECE) * PIECE;
+    return static_cast<int>(place);
+  };
+  int64_t most = sizes.r * 4 * 4;
+  if (p->matrix) {
+    p->merge_at = take(WARPS * WARP_BYTES); /* keys and values, which the sums replace */
+    p->queries_at = take(sizes.r * query_pitch(static_cast<int>(sizes.D)));
+    p->newest_at = take((sizes.D + sizes.Dv) * 2);
+    p->sums_at = take(WARPS * MATRIX_HEADS * 2 * 4);
+    if (is_long(sizes)) p->merge_at = take(WARPS * MATRIX_HEADS * INT64_C(4) * merge_pitch(static_cast<int>(sizes.Dv)));
+  } else {
+    take(p->pairs * INT64_C(1) * p->key_pieces * PIECE); /* keys */
+    p->values_at = take(p->pairs * INT64_C(1) * p->value_pieces * PIECE);
+    p->merge_at = take(WARPS * HEADS * INT64_C(4) * p->columns);
+    p->sums_at = take(WARPS * HEADS * 2 * 4);
+    p->weight_at = take(WARPS * ROWS * (32 / p->lanes) * HEADS * 4);
+    p->queries_at = take(sizes.r * p->key_pieces * (PIECE / lola_device_item(sizes.dtype)) * 4);
+  }
+  if (at > most) most = at;
+
+  at = 0;
+  p->state_vector = sizes.Dv % 4 ? 1 : 4;
+  p->state_shift = shift_of(divided_up(sizes.Dv, p->state_vector));
+  const int64_t groups = THREADS >> p->state_shift, columns = p->state_vector << p->state_shift;
+  const bool even = p->state_vector == 4 && sizes.Dv == columns && sizes.F % (groups * PASSES) == 0;
+  p->state_ahead = small_grid ? 4 : 2;
+  if (even) {
+    const int64_t stages = sizes.F / (groups * PASSES);
+    p->state_stages = static_cast<int>(stages);
+    take((stages < p->state_ahead ? stages : p->state_ahead) * STAGE_FLOATS * 4);
+  } else {
+    const int64_t copies = divided_up(sizes.F, groups) * divided_up(sizes.Dv, columns);
+    take((copies < DEPTH ? copies : DEPTH) * THREADS * p->state_vector * 4);
+  }
+  const int64_t block = p->weight_vector << p->weight_shift;
+  const int64_t parts = divided_up(M, block) * THREADS * p->weight_vector * 4, sums = (THREADS * 4 + WARPS) * 4;
+  p->reduce_at = take(parts > sums ? parts : sums);
+  p->x_at = take(sizes.D * 4);
+  p->phi_at = take(sizes.F * 4);
+  if (at > most) most = at;
+  p->shared_bytes = most;
 }
 
 /* Scratch: a counter of arrivals per (row, KV head), zero between launches; then the partials. */
 int64_t counter_bytes(int64_t groups) { return divided_up(groups * 4, 256) * 256; }
 
-/* --- small pieces ---------------------------------------------------------------------------------- */
-
-template <int BYTES> __device__ __forceinline__ void copy_async(void *to, const void *from) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/* Waits until at most PENDING of this thread's groups are under way. */
-template <int PENDING> __device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-/* The numbers of a piece of 16 bytes; zeros when it is not `there`, without a branch. */
-__device__ __forceinline__ uint4 load_piece(const void *piece, bool there) {
-  return there ? *static_cast<const uint4 *>(piece) : make_uint4(0, 0, 0, 0);
-}
-
-__device__ __forceinline__ void unpack(uint4 v, float (&x)[4], const float *) {
-  x[0] = __uint_as_float(v.x);
-  x[1] = __uint_as_float(v.y);
-  x[2] = __uint_as_float(v.z);
-  x[3] = __uint_as_float(v.w);
-}
-
-__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __half *) {
-  const unsigned words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    x[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] & 0xffffu)));
-    x[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
-  }
-}
-
-__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __nv_bfloat16 *) {
-  const unsigned words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
-/* N floats that lie together in shared memory, at a multiple of their size. */
-template <int N> __device__ __forceinline__ void load_floats(const float *from, float *x) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 v = *reinterpret_cast<const float4 *>(from + i);
-      x[i] = v.x;
-      x[i + 1] = v.y;
-      x[i + 2] = v.z;
-      x[i + 3] = v.w;
-    }
-  } else if constexpr (N == 2) {
-    const float2 v = *reinterpret_cast<const float2 *>(from);
-    x[0] = v.x;
-    x[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] = from[i];
-  }
-}
-
-template <int N> __device__ __forceinline__ void store_floats(float *to, const float *x) {
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-      *reinterpret_cast<float4 *>(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) to[i] = x[i];
-  }
-}
-
-/* Sums N values over the lanes that differ in the bits OFFSET .. LAST: at each step a lane hands half of its values
- * over and keeps the other half (the upper one where its bit is set), until one is left. */
-template <int N, int OFFSET, int LAST> __device__ __forceinline__ void sum_lanes(float *x, int lane) {
-  if constexpr (OFFSET >= LAST) {
-    if constexpr (N > 1) {
-      const bool upper = lane & OFFSET;
-#pragma unroll
-      for (int i = 0; i < N / 2; i++) {
-        const float given = upper ? x[i] : x[i + N / 2], kept = upper ? x[i + N / 2] : x[i];
-        x[i] = kept + __shfl_xor_sync(ALL, given, OFFSET);
-      }
-      sum_lanes<N / 2, OFFSET / 2, LAST>(x, lane);
-    } else {
-      x[0] += __shfl_xor_sync(ALL, x[0], OFFSET);
-      sum_lanes<1, OFFSET / 2, LAST>(x, lane);
-    }
-  }
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, offset));
-  return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
-  return x;
-}
-
-/* --- a tile of pairs ------------------------------------------------------------------------------- */
-
-struct tile_source {
-  const char *keys, *values; /* of slot 0 */
-  int64_t slot, slots;       /* of the first pair; after slot slots - 1 comes slot 0 */
-  int count;                 /* pairs */
-  int newest;                /* the pair that is the call's token, at key and value, or -1 */
-  const char *key, *value;
-};
-
-__device__ __forceinline__ int64_t slot_of(const tile_source &from, int pair) {
-  const int64_t slot = from.slot + pair;
-  return slot < from.slots ? slot : slot - from.slots;
-}
-
-/* Copies this thread's pieces of the tile's keys, or of its values: n numbers a row, `pieces` of them. */
-template <typename T, int LANES>
-__device__ __forceinline__ void copy_rows(const tile_source &from, const char *slots, const char *newest, int n,
-                                          int pieces, bool aligned, bool call_aligned, char *to) {
-  constexpr int GROUPS = THREADS / LANES, PER_PIECE = PIECE / sizeof(T);
-  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-#pragma unroll
-  for (int i = 0; i < ROWS; i++) {
-    const int pair = i * GROUPS + group;
-    if (pair >= from.count) break;
-    const bool is_newest = pair == from.newest;
-    const char *row = is_newest ? newest : slots + slot_of(from, pair) * n * static_cast<int64_t>(sizeof(T));
-    char *target = to + pair * pieces * PIECE;
-#pragma unroll 1
-    for (int piece = lane; piece < pieces; piece += LANES) {
-      if (is_newest ? call_aligned : aligned) {
-        copy_async<16>(target + piece * PIECE, row + piece * PIECE);
-      } else {
-#pragma unroll
-        for (int e = 0; e < PER_PIECE; e++) {
-          const int at = piece * PER_PIECE + e;
-          T x;
-          if (at < n)
-            x = reinterpret_cast<const T *>(row)[at];
-          else
-            x = T(0.0f);
-          reinterpret_cast<T *>(target)[at] = x;
-        }
-      }
-    }
-  }
-  copies_end_group();
-}
-
-/* The newest pair's row, from where its thread copied it, into its ring slot. */
-template <typename T, int LANES>
-__device__ __forceinline__ void keep_newest(const tile_source &from, const char *copied, int n, int pieces,
-                                            bool aligned, char *slots) {
-  constexpr int GROUPS = THREADS / LANES, PER_PIECE = PIECE / sizeof(T);
-  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  if (from.newest % GROUPS != group) return;
-  const char *row = copied + from.newest * pieces * PIECE;
-  char *target = slots + slot_of(from, from.newest) * n * static_cast<int64_t>(sizeof(T));
-#pragma unroll 1
-  for (int piece = lane; piece < pieces; piece += LANES) {
-    if (aligned) {
-      *reinterpret_cast<uint4 *>(target + piece * PIECE) = *reinterpret_cast<const uint4 *>(row + piece * PIECE);
-      continue;
-    }
-#pragma unroll 1
-    for (int e = 0; e < PER_PIECE; e++) {
-      const int at = piece * PER_PIECE + e;
-      if (at < n) reinterpret_cast<T *>(target)[at] = reinterpret_cast<const T *>(row)[at];
-    }
-  }
-}
-
-/* Softmax sums of `heads` <= H query heads over a tile whose copies are under way; q of those heads (float32, scaled)
- * is in shared memory. Each warp has its own maximum until the end. */
-template <typename T, int LANES, int H>
-__device__ __forceinline__ void attend_heads(const decode_plan &plan, char *shared, int count, int first_head,
-                                             int heads, float *partial) {
-  constexpr int GROUPS = THREADS / LANES, PER_PIECE = PIECE / sizeof(T);
-  constexpr int SHARING = 32 / LANES; /* pairs that a warp works on at a time */
-  constexpr int N = ROWS * H;
-  static_assert(ROWS <= LANES, "a lane keeps no more than one value per head");
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  const int part = threadIdx.x % 32 / LANES; /* which of the warp's pairs */
-  const char *keys = shared, *values = shared + plan.values_at;
-  float *merge = reinterpret_cast<float *>(shared + plan.merge_at);
-  float *sums = reinterpret_cast<float *>(shared + plan.sums_at);
-  float *weight = reinterpret_cast<float *>(shared + plan.weight_at) + warp * (ROWS * SHARING * HEADS);
-  const float *queries = reinterpret_cast<const float *>(shared + plan.queries_at);
-  const int width = plan.key_pieces * PER_PIECE;
-
-  /* s = k.q: a partial sum per lane, summed over lanes so that each ends with its own few of the N values. */
-  copies_wait<1>();
-  float s[N];
-#pragma unroll
-  for (int i = 0; i < N; i++) s[i] = 0;
-#pragma unroll 1
-  for (int piece = lane; piece < plan.key_pieces; piece += LANES) {
-    float q[H][PER_PIECE];
-#pragma unroll
-    for (int h = 0; h < H; h++)
-      load_floats<PER_PIECE>(queries + (first_head + min(h, heads - 1)) * width + piece * PER_PIECE, q[h]);
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-      const int pair = i * GROUPS + group;
-      float k[PER_PIECE];
-      unpack(load_piece(keys + (pair * plan.key_pieces + piece) * PIECE, pair < count), k,
-             static_cast<const T *>(nullptr));
-#pragma unroll
-      for (int h = 0; h < H; h++)
-#pragma unroll
-        for (int e = 0; e < PER_PIECE; e++) s[i * H + h] = fmaf(k[e], q[h][e], s[i * H + h]);
-    }
-  }
-  sum_lanes<N, LANES / 2, 1>(s, lane);
-
-  /* Now value i * H + h is in lane (i * H + h) / KEPT * COPIES and the COPIES - 1 that follow. */
-  constexpr int KEPT = N > LANES ? N / LANES : 1, COPIES = N > LANES ? 1 : LANES / N;
-  float m[KEPT], p[KEPT], l[KEPT];
-#pragma unroll
-  for (int j = 0; j < KEPT; j++) {
-    const int i = (lane / COPIES * KEPT + j) / H;
-    if (i * GROUPS + group >= count) s[j] = -INFINITY;
-    m[j] = s[j];
-  }
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const bool same_head = offset >= LANES || (offset >= COPIES && offset / COPIES * KEPT % H == 0);
-    if (!same_head) continue;
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) m[j] = fmaxf(m[j], __shfl_xor_sync(ALL, m[j], offset));
-  }
-#pragma unroll
-  for (int j = 0; j < KEPT; j++) {
-    /* A warp without a pair keeps -inf; the lowest float stands in so that -inf - it stays -inf. */
-    p[j] = exp2f(s[j] - fmaxf(m[j], -3e38f));
-    l[j] = p[j];
-  }
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const bool same_head = offset >= LANES || (offset >= COPIES && offset / COPIES * KEPT % H == 0);
-    if (!same_head) continue;
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) l[j] += __shfl_xor_sync(ALL, l[j], offset);
-  }
-  if (lane % COPIES == 0) {
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-      const int index = lane / COPIES * KEPT + j, i = index / H, h = index % H;
-      weight[(i * SHARING + part) * H + h] = p[j];
-      if (i == 0 && part == 0) {
-        sums[(warp * HEADS + h) * 2] = m[j];
-        sums[(warp * HEADS + h) * 2 + 1] = l[j];
-      }
-    }
-  }
-  __syncwarp();
-
-  /* o = sum p v: a thread owns a piece's columns. */
-  copies_wait<0>();
-#pragma unroll 1
-  for (int first = 0; first < plan.value_pieces; first += LANES) {
-    const int piece = first + lane;
-    float o[H * PER_PIECE];
-#pragma unroll
-    for (int i = 0; i < H * PER_PIECE; i++) o[i] = 0;
-    if (piece < plan.value_pieces) {
-#pragma unroll
-      for (int i = 0; i < ROWS; i++) {
-        const int pair = i * GROUPS + group;
-        float v[PER_PIECE], w[H];
-        unpack(load_piece(values + (pair * plan.value_pieces + piece) * PIECE, pair < count), v,
-               static_cast<const T *>(nullptr));
-        load_floats<H>(weight + (i * SHARING + part) * H, w);
-#pragma unroll
-        for (int h = 0; h < H; h++)
-#pragma unroll
-          for (int e = 0; e < PER_PIECE; e++) o[h * PER_PIECE + e] = fmaf(w[h], v[e], o[h * PER_PIECE + e]);
-      }
-    }
-    sum_lanes<H * PER_PIECE, 16, LANES>(o, threadIdx.x % 32);
-    constexpr int LEFT = H * PER_PIECE / SHARING, RUN = LEFT < PER_PIECE ? LEFT : PER_PIECE;
-    if (piece < plan.value_pieces) {
-#pragma unroll
-      for (int j = 0; j < LEFT; j += RUN) {
-        const int index = part * LEFT + j, h = index / PER_PIECE, e = index % PER_PIECE;
-        store_floats<RUN>(merge + (warp * HEADS + h) * plan.columns + piece * PER_PIECE + e, o + j);
-      }
-    }
-  }
-  __syncthreads();
-
-  /* The warps' sums, in order of warp. */
-  const int quads = plan.columns / 4, stride = plan.columns + 4;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < heads * quads; i += THREADS) {
-    const int h = i / quads, column = i % quads * 4;
-    float high = -INFINITY, total = 0, o[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) high = fmaxf(high, sums[(w * HEADS + h) * 2]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float share = exp2f(sums[(w * HEADS + h) * 2] - high);
-      float x[4];
-      load_floats<4>(merge + (w * HEADS + h) * plan.columns + column, x);
-      total = fmaf(share, sums[(w * HEADS + h) * 2 + 1], total);
-#pragma unroll
-      for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], o[e]);
-    }
-    float *to = partial + static_cast<int64_t>(first_head + h) * stride;
-    store_floats<4>(to + column, o);
-    if (column == 0) {
-      to[plan.columns] = high;
-      to[plan.columns + 1] = total;
-    }
-  }
-}
-
-/* A tile for query heads head .. head + heads - 1; a partial each, from `partial` on. */
-template <typename T, int LANES>
-__device__ __forceinline__ void attend_tile(const lola_device_segment &g, const decode_plan &plan,
-                                            const lola_device_span &span, const tile_source &from, int head, int heads,
-                                            char *shared, float *partial) {
-  copy_rows<T, LANES>(from, from.keys, from.key, g.D, plan.key_pieces, plan.cache_aligned, plan.call_aligned, shared);
-  copy_rows<T, LANES>(from, from.values, from.value, g.Dv, plan.value_pieces, plan.cache_aligned, plan.call_aligned,
-                      shared + plan.values_at);
-  const int width = plan.key_pieces * static_cast<int>(PIECE / sizeof(T));
-  float *queries = reinterpret_cast<float *>(shared + plan.queries_at);
-#pragma unroll 2
-  for (int i = threadIdx.x; i < heads * width; i += THREADS) {
-    const int h = i / width, d = i % width;
-    const char *q = lola_device_at(g.q, span.batch, span.first, head + h);
-    queries[i] = d < g.D ? lola_device_load(q, d, g.q.dtype) * (g.scale * LOG2E) : 0;
-  }
-  __syncthreads();
-  for (int h = 0; h < heads; h += HEADS) {
-    if (h) __syncthreads(); /* the last heads' sums were read */
-    const int left = min(heads - h, HEADS);
-    if (left == 1)
-      attend_heads<T, LANES, 1>(plan, shared, from.count, h, left, partial);
-    else if (left == 2)
-      attend_heads<T, LANES, 2>(plan, shared, from.count, h, left, partial);
-    else
-      attend_heads<T, LANES, HEADS>(plan, shared, from.count, h, left, partial);
-  }
-}
-
-/* --- phi(q)^T H and phi(q)^T s of a query head ----------------------------------------------------- */
-
-__device__ __forceinline__ float finish_feature(float x, float floor, bool round) {
-  x = fmaxf(x, floor);
-  return round ? __bfloat162float(__float2bfloat16_rn(x)) : x;
-}
-
-/* The sum of `count` numbers that lie `step` apart, in order. */
-__device__ __forceinline__ float add_groups(const float *from, int count, int step) {
-  float total = 0;
-#pragma unroll 4
-  for (int j = 0; j < count; j++) total += from[j * step];
-  return total;
-}
-
-/* projected = x W, W (D, M). Waits for the block before it reads x, so that the first weights are on their way by then,
- * and after it has written `projected`. */
-template <int VECTOR>
-__device__ __forceinline__ void project(const float *weights, int D, int M, int lanes, const float *x, float *reduce,
-                                        float *projected) {
-  constexpr int AHEAD = 8;
-  const int groups = THREADS / lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int block = lanes * VECTOR;
-  bool waited = false;
-  for (int first = 0; first < M; first += block) {
-    const int column = first + lane * VECTOR;
-    float sum[VECTOR] = {};
-    for (int d = group; d - group < D; d += AHEAD * groups) {
-      float w[AHEAD][VECTOR];
-#pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int row = d + i * groups;
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++) w[i][e] = 0;
-        if (row < D && column < M) load_floats<VECTOR>(weights + static_cast<int64_t>(row) * M + column, w[i]);
-      }
-      if (!waited) __syncthreads();
-      waited = true;
-#pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int row = d + i * groups;
-        const float factor = row < D ? x[row] : 0;
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(factor, w[i][e], sum[e]);
-      }
-    }
-    store_floats<VECTOR>(reduce + group * block + lane * VECTOR, sum);
-    __syncthreads();
-    for (int i = threadIdx.x; i < block && first + i < M; i += THREADS)
-      projected[first + i] = add_groups(reduce + i, groups, block);
-    __syncthreads();
-  }
-}
-
-/* One side of Hedgehog by one warp: exp(sign (x - shift)) over M, shift the highest (lowest) x, divided by its sum when
- * `normalise`. */
-__device__ __forceinline__ void exponentials(const float *x, int M, float sign, bool normalise, bool round,
-                                             float *phi) {
-  const int lane = threadIdx.x % 32;
-  float high = -INFINITY, sum = 0;
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) high = fmaxf(high, sign * x[j]);
-  high = warp_max(high);
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) {
-    const float e = expf(sign * x[j] - high);
-    phi[j] = e;
-    sum += e;
-  }
-  sum = warp_sum(sum);
-  const float scale = normalise ? 1 / sum : 1;
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) phi[j] = finish_feature(phi[j] * scale, FEATURE_FLOOR, round);
-}
-
-/* phi(q) into shared memory. The block waits for it before it goes on. */
-__device__ __forceinline__ void query_features(const lola_device_segment &g, const decode_plan &plan,
-                                               const lola_device_span &span, int head, char *shared) {
-  float *x = reinterpret_cast<float *>(shared + plan.x_at);
-  float *projected = reinterpret_cast<float *>(shared + plan.projected_at);
-  float *phi = reinterpret_cast<float *>(shared + plan.phi_at);
-  const bool round = g.dtype != LOLA_FLOAT32;
-  if (g.stores_features) {
-    const char *given = lola_device_at(g.q_features, span.batch, span.first, head);
-#pragma unroll 1
-    for (int f = threadIdx.x; f < g.F; f += THREADS) {
-      const float y = lola_device_load(given, f, g.q_features.dtype);
-      phi[f] = round ? __bfloat162float(__float2bfloat16_rn(y)) : y;
-    }
-    __syncthreads();
-    return;
-  }
-  const char *q = lola_device_at(g.q, span.batch, span.first, head);
-#pragma unroll 1
-  for (int d = threadIdx.x; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
-  const bool hedgehog = g.map.kind == LOLA_MAP_HEDGEHOG || g.map.kind == LOLA_MAP_HEDGEHOG_EXP;
-  const int M = hedgehog ? g.F / 2 : g.F;
-  const bool projects = hedgehog || (g.map.kind == LOLA_MAP_RELU && g.map.w_q);
-  if (projects) {
-    const float *weights = g.map.w_q + static_cast<int64_t>(head) * g.D * M;
-    float *reduce = reinterpret_cast<float *>(shared + plan.reduce_at);
-    if (plan.weight_vector == 4)
-      project<4>(weights, g.D, M, plan.weight_lanes, x, reduce, projected);
-    else
-      project<1>(weights, g.D, M, plan.weight_lanes, x, reduce, projected);
-  } else {
-    projected = x; /* F = D */
-    __syncthreads();
-  }
-  if (hedgehog) {
-    const int warp = threadIdx.x / 32;
-    if (warp < 2)
-      exponentials(projected, M, warp ? -1.0f : 1.0f, g.map.kind == LOLA_MAP_HEDGEHOG, round, phi + warp * M);
-  } else {
-#pragma unroll 1
-    for (int f = threadIdx.x; f < M; f += THREADS) {
-      const float y = projected[f];
-      phi[f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, FEATURE_FLOOR, round)
-                                           : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
-    }
-  }
-  __syncthreads();
-}
-
-/* A thread's walk over H: its rows for one block of columns after the other. */
-struct state_walk {
-  const float *hidden;
-  float *stage; /* this thread's first piece in shared memory */
-  int row, column, slot;
-};
-
-/* Asks for the next piece of H, if there is one. */
-template <int VECTOR> __device__ __forceinline__ void ask(state_walk &walk, const decode_plan &plan, int F, int Dv) {
-  const int lanes = plan.state_lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  if (walk.column - lane * VECTOR < Dv) {
-    if (walk.row < F && walk.column < Dv)
-      copy_async<VECTOR * 4>(walk.stage + walk.slot * (THREADS * VECTOR),
-                             walk.hidden + static_cast<int64_t>(walk.row) * Dv + walk.column);
-    walk.row += THREADS / lanes;
-    if (walk.row - group >= F) {
-      walk.row = group;
-      walk.column += lanes * VECTOR;
-    }
-  }
-  walk.slot = walk.slot + 1 == DEPTH ? 0 : walk.slot + 1;
-  copies_end_group();
-}
-
-template <int VECTOR>
-__device__ __forceinline__ state_walk begin_walk(const float *hidden, const decode_plan &plan, int F, int Dv,
-                                                 char *shared) {
-  const int lane = threadIdx.x % plan.state_lanes, group = threadIdx.x / plan.state_lanes;
-  state_walk walk = {hidden, reinterpret_cast<float *>(shared) + threadIdx.x * VECTOR, group, lane * VECTOR, 0};
-#pragma unroll 1
-  for (int i = 0; i < DEPTH; i++) ask<VECTOR>(walk, plan, F, Dv);
-  return walk;
-}
-
-/* N = phi^T H as the walk goes on, and z from the warps' sums in `reduce_z`. */
-template <int VECTOR>
-__device__ __forceinline__ void recall(state_walk walk, const decode_plan &plan, int F, int Dv, const float *phi,
-                                       float *reduce, const float *reduce_z, float *partial) {
-  const int lanes = plan.state_lanes, groups = THREADS / lanes;
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int block = lanes * VECTOR;
-  int taken = 0;
-  for (int first = 0; first < Dv; first += block) {
-    float sum[VECTOR] = {};
-#pragma unroll 2
-    for (int f = group; f - group < F; f += groups) {
-      copies_wait<DEPTH - 1>();
-      if (f < F && first + lane * VECTOR < Dv) {
-        float x[VECTOR];
-        load_floats<VECTOR>(walk.stage + taken * (THREADS * VECTOR), x);
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(phi[f], x[e], sum[e]);
-      }
-      taken = taken + 1 == DEPTH ? 0 : taken + 1;
-      ask<VECTOR>(walk, plan, F, Dv);
-    }
-    store_floats<VECTOR>(reduce + group * block + lane * VECTOR, sum);
-    __syncthreads();
-    for (int i = threadIdx.x; i < block && first + i < Dv; i += THREADS)
-      partial[first + i] = add_groups(reduce + i, groups, block);
-    if (first == 0 && threadIdx.x == 0) partial[plan.columns] = add_groups(reduce_z, WARPS, 1);
-    __syncthreads();
-  }
-}
-
-/* N and z into the head's partial; the call's own features of the token into the ring. */
-__device__ __forceinline__ void state_item(const lola_device_segment &g, const decode_plan &plan,
-                                           const lola_device_span &span, int64_t state, int head, bool folded,
-                                           char *shared, float *partial) {
-  const int F = g.F, Dv = g.Dv;
-  if (g.stores_features) {
-    const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
-    const char *from = lola_device_at(g.k_features, span.batch, span.first, head);
-    char *to =
-        static_cast<char *>(g.window_features) + (state * g.R + span.position % g.R) * F * lola_device_item(type);
-#pragma unroll 1
-    for (int f = threadIdx.x; f < F; f += THREADS)
-      lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
-  }
-  if (g.mixing == LOLA_MIXING_CACHE_ONLY || !folded) {
-    if (threadIdx.x == 0) partial[plan.columns] = 0;
-    return;
-  }
-  const float *hidden = g.hidden + state * F * Dv, *normalizer = g.normalizer + state * F;
-  const bool by_four = plan.state_vector == 4;
-  const state_walk walk =
-      by_four ? begin_walk<4>(hidden, plan, F, Dv, shared) : begin_walk<1>(hidden, plan, F, Dv, shared);
-  const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
-
-  query_features(g, plan, span, head, shared);
-
-  float *reduce = reinterpret_cast<float *>(shared + plan.reduce_at), *reduce_z = reduce + THREADS * 4;
-  const float *phi = reinterpret_cast<const float *>(shared + plan.phi_at);
-  float z = threadIdx.x < F ? phi[threadIdx.x] * first_s : 0;
-#pragma unroll 1
-  for (int f = threadIdx.x + THREADS; f < F; f += THREADS) z = fmaf(phi[f], normalizer[f], z);
-  z = warp_sum(z);
-  if (threadIdx.x % 32 == 0) reduce_z[threadIdx.x / 32] = z;
-  if (by_four)
-    recall<4>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
-  else
-    recall<1>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
-}
-
 /* --- the merge ------------------------------------------------------------------------------------- */
 
-/* Where a head's partials are: its tiles in order, window first, then the state. */
-struct head_partials {
-  const float *window, *sparse, *state;
-  int64_t window_step, sparse_step; /* floats from tile to tile */
-  int64_t window_tiles, tiles;      /* in use: of the window; of both */
-};
-
-__device__ __forceinline__ const float *tile_partial(const head_partials &p, int64_t tile) {
-  return tile < p.window_tiles ? p.window + tile * p.window_step : p.sparse + (tile - p.window_tiles) * p.sparse_step;
+/* Tiles that n pairs fill. */
+__device__ __forceinline__ int tiles_of(const decode_plan &plan, int64_t n) {
+  return static_cast<int>(divided(static_cast<unsigned>(n + plan.pairs - 1), plan.by_pairs));
 }
 
-__device__ __forceinline__ head_partials partials_of(const lola_device_segment &g, const decode_plan &plan,
-                                                     int64_t group, int64_t window_pairs, const float *partials,
-                                                     int j) {
-  const int64_t stride = plan.columns + 4;
-  const int sets = g.S / g.Hkv, set = j / g.rs;
-  head_partials p;
-  p.window = partials + j * stride;
-  p.window_step = g.r * stride;
-  p.sparse = partials + (plan.window_tiles * g.r + set * plan.sparse_tiles * g.rs + j % g.rs) * stride;
-  p.sparse_step = g.rs * stride;
-  p.state = partials + ((plan.window_tiles + plan.sparse_tiles) * g.r + j) * stride;
-  p.window_tiles = (window_pairs + plan.pairs - 1) / plan.pairs;
-  p.tiles = p.window_tiles + (g.sparse_count[group * sets + set] + plan.pairs - 1) / plan.pairs;
-  return p;
-}
-
-struct head_mix {
-  float high, softmax, linear;
-};
-
+/* One warp a query head, four columns a lane; tiles in order, window first, then the state. Everything is asked for
+ * before anything is used, up to MERGE tiles at a time. `first_count` is the number of sparse pairs that head `warp`
+ * sees. */
 __device__ __forceinline__ void merge(const lola_device_segment &g, const decode_plan &plan,
-                                      const lola_device_span &span, int64_t group, int first_head, int64_t window_pairs,
-                                      const float *partials, char *shared) {
-  head_mix *mixes = reinterpret_cast<head_mix *>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, columns = plan.columns;
+                                      const lola_device_span &span, int64_t group, int kv_head, int64_t window_pairs,
+                                      int first_count, const float *partials) {
+  constexpr int MERGE = 12, LANE_COLUMNS = 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int stride = plan.columns + 4, slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
+  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {
-    const head_partials p = partials_of(g, plan, group, window_pairs, partials, j);
-    const float z = __ldcg(p.state + columns);
-    float high = -INFINITY, sum = 0;
-    for (int64_t i = lane; i < p.tiles; i += 32) high = fmaxf(high, __ldcg(tile_partial(p, i) + columns));
-    high = warp_max(high);
-    for (int64_t i = lane; i < p.tiles; i += 32) {
-      const float *tile = tile_partial(p, i) + columns;
-      sum = fmaf(exp2f(__ldcg(tile) - high), __ldcg(tile + 1), sum);
+    int64_t count = first_count;
+    if (j != warp && g.L) {
+      const unsigned set = divided(static_cast<unsigned>(j), plan.by_rs);
+      count = g.sparse_count[group * (g.S / g.Hkv) + set];
     }
-    sum = warp_sum(sum);
-    if (lane) continue;
-    const int head = first_head + j;
-    const lola_device_weights w = lola_device_mix(g.mixing, g.gate ? g.gate[head] : 0, high, sum, z);
-    mixes[j] = head_mix{high, w.softmax, w.linear};
-    if (g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, span.batch, span.first, head)) = w.share;
-  }
-  __syncthreads();
-  const int quads = columns / 4;
+    const int tiles = window_tiles + tiles_of(plan, count);
+    const float *own = partials + static_cast<int64_t>(j) * slots * stride;
+    const float *state = own + (slots - 1) * stride;
+    const int head = kv_head * g.r + j;
+    const float gate = g.gate ? g.gate[head] : 0;
+    const float z = __ldcg(state + plan.columns);
+    char *out = lola_device_at(g.out, span.batch, span.first, head);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < g.r * quads; i += THREADS) {
-    const int j = i / quads, column = i % quads * 4;
-    const head_partials p = partials_of(g, plan, group, window_pairs, partials, j);
-    const head_mix mix = mixes[j];
-    float o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
-    if (mix.linear != 0) {
+    for (int base = 0; base < plan.columns; base += 32 * LANE_COLUMNS) {
+      const int column = base + lane * LANE_COLUMNS;
+      const bool in = column < plan.columns;
+      float n[4] = {0, 0, 0, 0}; /* of columns that exist: the state leaves the others unwritten */
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        if (column + e < g.Dv) n[e] = __ldcg(p.state + column + e);
-    }
-#pragma unroll 4
-    for (int64_t t = 0; t < p.tiles; t++) {
-      const float *tile = tile_partial(p, t);
-      const float share = exp2f(__ldcg(tile + columns) - mix.high);
-      const float4 x = __ldcg(reinterpret_cast<const float4 *>(tile + column));
-      o[0] = fmaf(share, x.x, o[0]);
-      o[1] = fmaf(share, x.y, o[1]);
-      o[2] = fmaf(share, x.z, o[2]);
-      o[3] = fmaf(share, x.w, o[3]);
-    }
-    char *out = lola_device_at(g.out, span.batch, span.first, first_head + j);
+        if (column + e < g.Dv) n[e] = __ldcg(state + column + e);
+      float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int first = 0; first < tiles; first += MERGE) {
+        const int left = min(tiles - first, MERGE);
+        float4 x[MERGE];
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (column + e < g.Dv)
-        lola_device_store(out, column + e, g.out.dtype, fmaf(mix.softmax, o[e], mix.linear * n[e]));
+        for (int t = 0; t < MERGE; t++) {
+          const int at = (first + t) * stride + (first + t < window_tiles ? 0 : gap) + column;
+          x[t] = make_float4(0, 0, 0, 0);
+          if (t < left && in) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
+        }
+        const int at = (first + lane) * stride + (first + lane < window_tiles ? 0 : gap) + plan.columns;
+        float2 pair = make_float2(-INFINITY, 0);
+        if (lane < left) pair = __ldcg(reinterpret_cast<const float2 *>(own + at));
+        const float higher = fmaxf(high, warp_max(pair.x));
+        const float before = weight_below(high, higher), share = weight_below(pair.x, higher);
+        high = higher;
+        sum = fmaf(before, sum, warp_sum(share * pair.y));
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[e] *= before;
+#pragma unroll
+        for (int t = 0; t < MERGE; t++) {
+          const float w = __shfl_sync(ALL, share, t);
+          o[0] = fmaf(w, x[t].x, o[0]);
+          o[1] = fmaf(w, x[t].y, o[1]);
+          o[2] = fmaf(w, x[t].z, o[2]);
+          o[3] = fmaf(w, x[t].w, o[3]);
+        }
+      }
+      const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (column + e < g.Dv) {
+          const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
+          lola_device_store(out, column + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
+        }
+      if (base == 0 && lane == 0 && g.share.data)
+        *reinterpret_cast<float *>(lola_device_at(g.share, span.batch, span.first, head)) = w.share;
+    }
   }
 }
 
 /* --- the kernel ------------------------------------------------------------------------------------ */
 
+/* What a block works on. */
+struct block_part {
+  unsigned group; /* (row, KV head) */
+  int row, kv_head;
+  bool is_state, is_sparse; /* otherwise the window */
+  int set, tile;            /* of a state: tile is the query head */
+};
+
+__device__ __forceinline__ block_part part_of(const lola_device_segment &g, const decode_plan &plan) {
+  block_part b;
+  b.group = divided(blockIdx.x, plan.by_items);
+  b.row = static_cast<int>(divided(b.group, plan.by_kv_heads));
+  b.kv_head = static_cast<int>(b.group) - b.row * g.Hkv;
+  const int sets = g.S / g.Hkv, sparse_items = sets * static_cast<int>(plan.sparse_tiles);
+  int item = static_cast<int>(blockIdx.x - b.group * static_cast<unsigned>(plan.items));
+  b.is_state = item < g.r;
+  b.is_sparse = !b.is_state && item < g.r + sparse_items;
+  b.set = 0;
+  if (!b.is_state) item -= b.is_sparse ? g.r : g.r + sparse_items;
+  if (b.is_sparse) {
+    b.set = static_cast<int>(divided(static_cast<unsigned>(item), plan.by_sparse_tiles));
+    item -= b.set * static_cast<int>(plan.sparse_tiles);
+  }
+  b.tile = item;
+  return b;
+}
+
+/* Into L2, by one thread, all that the block may read; before the kernels before this one have ended. */
+__device__ __forceinline__ void prefetch_part(const lola_device_segment &g, const decode_plan &plan,
+                                              const block_part &b) {
+  const int64_t item = lola_device_item(g.dtype);
+  if (b.is_state) {
+    const int64_t head = b.kv_head * g.r + b.tile, state = static_cast<int64_t>(b.group) * g.r + b.tile;
+    if (g.mixing == LOLA_MIXING_CACHE_ONLY || g.F * g.Dv % 4) return;
+    prefetch(g.hidden + state * g.F * g.Dv, g.F * INT64_C(4) * g.Dv);
+    const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
+    if (g.map.w_q && plan.weight_vector == 4) prefetch(g.map.w_q + head * g.D * M, g.D * INT64_C(4) * M);
+    return;
+  }
+  if (!plan.cache_aligned) return;
+  const int64_t slots = b.is_sparse ? g.L : g.R, before = b.tile * static_cast<int64_t>(plan.pairs);
+  const int64_t count = min(slots - before, static_cast<int64_t>(plan.pairs));
+  const int64_t place = b.is_sparse ? static_cast<int64_t>(b.group) * (g.S / g.Hkv) + b.set : b.group;
+  const char *keys = static_cast<const char *>(b.is_sparse ? g.sparse_keys : g.window_keys);
+  const char *values = static_cast<const char *>(b.is_sparse ? g.sparse_values : g.window_values);
+  prefetch(keys + (place * slots + before) * g.D * item, count * g.D * item);
+  prefetch(values + (place * slots + before) * g.Dv * item, count * g.Dv * item);
+}
+
+/* How tiles are worked on: on the matrix units, keys and values of up to SPAN elements or longer; otherwise the number
+ * of threads that share a pair. */
+enum { MATRIX = 0, LONG_MATRIX = 1 };
+
+/* The first pair of a row's window, and how many there are with the newest. */
+struct row_window {
+  bool small;
+  int64_t chunk, first, pairs;
+};
+
+__device__ __forceinline__ row_window window_of(const lola_device_segment &g, const decode_plan &plan,
+                                                int64_t position) {
+  row_window w;
+  w.small = plan.small_sizes && position < INT64_C(0x7fffffff);
+  w.chunk = divided(position, plan.by_C, w.small);
+  const int64_t start = w.chunk * g.C - g.W;
+  w.first = start > 0 ? start : 0;
+  w.pairs = position + 1 - w.first;
+  return w;
+}
+
 template <typename T, int LANES>
-__global__ void __launch_bounds__(THREADS, 3)
+__global__ void __launch_bounds__(THREADS, LANES == MATRIX ? 5 : 4)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
                   unsigned *counters, float *scratch) {
   extern __shared__ __align__(16) char shared[];
+  /* What is needed once more at the end waits in shared memory, not in registers. */
+  __shared__ lola_device_span kept;
+  __shared__ int first_counts[WARPS];
   __shared__ int last;
-  const unsigned items = static_cast<unsigned>(plan.items), group = blockIdx.x / items;
-  const int row = static_cast<int>(group / g.Hkv), kv_head = static_cast<int>(group % g.Hkv);
-  const int sets = g.S / g.Hkv;
-  int item = static_cast<int>(blockIdx.x % items);
+  const block_part b = part_of(g, plan);
+  if (plan.prefetch && threadIdx.x == 0) prefetch_part(g, plan, b);
+  lola_device_await_previous();
+
   /* What a block needs to know of its part is asked for beside the span, not after it. */
-  const int states = g.r, sparse_items = static_cast<int>(sets * plan.sparse_tiles);
-  const bool is_state = item < states, is_sparse = !is_state && item < states + sparse_items;
-  if (!is_state) item -= is_sparse ? states : states + sparse_items;
-  const int tile = is_sparse ? item % static_cast<int>(plan.sparse_tiles) : item;
-  const int set = is_sparse ? item / static_cast<int>(plan.sparse_tiles) : 0;
-  const int64_t state = static_cast<int64_t>(group) * g.r + item, sparse_set = static_cast<int64_t>(group) * sets + set;
+  const int sets = g.S / g.Hkv;
+  const int64_t state = static_cast<int64_t>(b.group) * g.r + b.tile;
+  const int64_t first_set = static_cast<int64_t>(b.group) * sets, sparse_set = first_set + b.set;
   int64_t known = 0;
-  if (is_state) known = g.folded[state];
-  if (is_sparse) known = g.sparse_count[sparse_set];
-  const lola_device_span span = g.spans[row];
+  if (b.is_state) known = g.folded[state];
+  if (b.is_sparse) known = g.sparse_count[sparse_set];
+  int64_t first_count = 0; /* of sparse pairs that head `threadIdx.x` sees, for the merge */
+  if (g.L && threadIdx.x < WARPS) {
+    const int merged = min(static_cast<int>(threadIdx.x), g.r - 1);
+    first_count = g.sparse_count[first_set + divided(static_cast<unsigned>(merged), plan.by_rs)];
+  }
+  const lola_device_span span = g.spans[b.row];
   if (span.tokens == 0) return;
+  if (threadIdx.x == 0) kept = span;
+  if (threadIdx.x < WARPS) first_counts[threadIdx.x] = static_cast<int>(first_count);
 
-  const int64_t stride = plan.columns + 4;
-  float *partials = scratch + group * plan.partials * stride;
-  const int64_t chunk = span.position / g.C, start = chunk * g.C - g.W, first = start > 0 ? start : 0;
-  const int64_t window_pairs = span.position + 1 - first;
-
-  if (is_state) {
-    state_item(g, plan, span, state, kv_head * g.r + item, known, shared,
-               partials + ((plan.window_tiles + plan.sparse_tiles) * g.r + item) * stride);
+  const int64_t stride = plan.columns + 4, head_step = plan.slots * stride;
+  float *partials = scratch + b.group * g.r * head_step;
+  if (b.is_state) {
+    float *partial = partials + b.tile * head_step + (plan.slots - 1) * stride;
+    if (plan.state_stages)
+      state_item<true>(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
+    else
+      state_item<false>(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
   } else {
+    const row_window window = window_of(g, plan, span.position);
     tile_source from = {};
-    int head = kv_head * g.r, heads = g.r;
-    const int64_t before = static_cast<int64_t>(tile) * plan.pairs, item_bytes = sizeof(T);
+    int head = b.kv_head * g.r, heads = g.r;
+    const int64_t before = static_cast<int64_t>(b.tile) * plan.pairs, item_bytes = sizeof(T);
     int64_t pairs; /* of the set or the window, in all */
-    float *partial;
+    tile_target to = {partials + b.tile * stride, head_step};
     bool newest = false;
-    if (is_sparse) {
+    if (b.is_sparse) {
       pairs = known;
-      head += set * g.rs;
+      head += b.set * g.rs;
       heads = g.rs;
       from.keys = static_cast<const char *>(g.sparse_keys) + sparse_set * g.L * g.D * item_bytes;
       from.values = static_cast<const char *>(g.sparse_values) + sparse_set * g.L * g.Dv * item_bytes;
       from.slot = before;
       from.slots = g.L;
-      partial = partials + (plan.window_tiles * g.r + static_cast<int64_t>(item) * g.rs) * stride;
+      to.partial += b.set * g.rs * head_step + plan.window_tiles * stride;
     } else {
-      pairs = window_pairs;
-      from.keys = static_cast<const char *>(g.window_keys) + group * g.R * g.D * item_bytes;
-      from.values = static_cast<const char *>(g.window_values) + group * g.R * g.Dv * item_bytes;
-      from.slot = (first + before) % g.R;
+      pairs = window.pairs;
+      from.keys = static_cast<const char *>(g.window_keys) + b.group * g.R * g.D * item_bytes;
+      from.values = static_cast<const char *>(g.window_values) + b.group * g.R * g.Dv * item_bytes;
+      from.slot = window.first + before;
+      from.slot -= divided(from.slot, plan.by_R, window.small) * g.R;
       from.slots = g.R;
-      from.key = lola_device_at(g.k, span.batch, span.first, kv_head);
-      from.value = lola_device_at(g.v, span.batch, span.first, kv_head);
-      partial = partials + static_cast<int64_t>(item) * g.r * stride;
+      from.key = lola_device_at(g.k, span.batch, span.first, b.kv_head);
+      from.value = lola_device_at(g.v, span.batch, span.first, b.kv_head);
       newest = before < pairs && pairs <= before + plan.pairs;
     }
-    from.newest = newest ? static_cast<int>(window_pairs - 1 - before) : -1;
+    from.newest = newest ? static_cast<int>(pairs - 1 - before) : -1;
     if (before < pairs) {
       from.count = static_cast<int>(min(pairs - before, static_cast<int64_t>(plan.pairs)));
-      attend_tile<T, LANES>(g, plan, span, from, head, heads, shared, partial);
+      if constexpr (LANES == MATRIX || LANES == LONG_MATRIX)
+        attend_matrix<T, LANES == LONG_MATRIX>(g, plan, span, from, head, heads, shared, to);
+      else
+        attend_tile<T, LANES>(g, plan, span, from, head, heads, shared, to);
     }
-    if (newest) {
-      keep_newest<T, LANES>(from, shared, g.D, plan.key_pieces, plan.cache_aligned, const_cast<char *>(from.keys));
-      keep_newest<T, LANES>(from, shared + plan.values_at, g.Dv, plan.value_pieces, plan.cache_aligned,
-                            const_cast<char *>(from.values));
+    if (from.newest >= 0) {
+      const int64_t position = kept.position;
 #pragma unroll 1
       for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
-        const int first_head = (kv_head * sets + s) * g.rs;
+        const int first_head = (b.kv_head * sets + s) * g.rs;
         float sum = 0;
 #pragma unroll 1
         for (int h = first_head; h < first_head + g.rs; h++)
-          sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, span.batch, span.first, h));
-        g.window_given[(static_cast<int64_t>(group) * sets + s) * g.R + span.position % g.R] = sum;
+          sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, kept.batch, kept.first, h));
+        g.window_given[(first_set + s) * g.R + position % g.R] = sum;
       }
-      if (kv_head == 0 && threadIdx.x == 0) {
-        g.tokens_seen[row] = span.position + 1;
-        if (chunk > g.chunks[row]) g.chunks[row] = chunk;
+      if (b.kv_head == 0 && threadIdx.x == 0) {
+        const int64_t chunk = window_of(g, plan, position).chunk;
+        g.tokens_seen[b.row] = position + 1;
+        if (chunk > g.chunks[b.row]) g.chunks[b.row] = chunk;
       }
     }
   }
 
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(&counters[group], 1u) == items - 1;
-    if (last) counters[group] = 0;
-    __threadfence();
+    last = arrive(&counters[b.group]) == static_cast<unsigned>(plan.items) - 1;
+    if (last) counters[b.group] = 0;
   }
   __syncthreads();
-  if (last) merge(g, plan, span, group, kv_head * g.r, window_pairs, partials, shared);
+  if (last)
+    merge(g, plan, kept, b.group, b.kv_head, window_of(g, plan, kept.position).pairs, first_counts[threadIdx.x / 32],
+          partials);
 }
 
 /* --- the launch ------------------------------------------------------------------------------------ */
@@ -879,34 +390,58 @@ struct launch_arguments {
   unsigned *counters;
   float *partials;
   unsigned blocks;
+  bool is_long;
   cudaStream_t stream;
 };
 
+constexpr int DEVICES = 64;
+
 /* Shared memory above 48 KB must be allowed per kernel and device: done once for each size. */
-template <typename T, int LANES> cudaError_t launch(const launch_arguments &a) {
-  constexpr int DEVICES = 64;
+template <typename T, int LANES> cudaError_t launch(const launch_arguments &a, int device) {
   static std::atomic<int> allowed[DEVICES];
   const int bytes = static_cast<int>(a.plan.shared_bytes);
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
   if (device >= DEVICES || allowed[device].load(std::memory_order_relaxed) < bytes) {
-    error = cudaFuncSetAttribute(decode_kernel<T, LANES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t error =
+        cudaFuncSetAttribute(decode_kernel<T, LANES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(decode_kernel<T, LANES>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
     if (device < DEVICES) allowed[device].store(bytes, std::memory_order_relaxed);
   }
-  decode_kernel<T, LANES>
-      <<<a.blocks, THREADS, a.plan.shared_bytes, a.stream>>>(*a.segment, a.plan, a.counters, a.partials);
-  return cudaSuccess;
+  return lola_cuda_launch_chained(decode_kernel<T, LANES>, a.blocks, THREADS, a.plan.shared_bytes, a.stream,
+                                  *a.segment, a.plan, a.counters, a.partials);
 }
 
-template <typename T> cudaError_t launch_lanes(const launch_arguments &a) {
-  if (a.plan.lanes == 8) return launch<T, 8>(a);
-  if (a.plan.lanes == 16) return launch<T, 16>(a);
-  return launch<T, 32>(a);
+template <typename T> cudaError_t launch_lanes(const launch_arguments &a, int device) {
+  if constexpr (sizeof(T) == 2) {
+    if (a.plan.matrix) return a.is_long ? launch<T, LONG_MATRIX>(a, device) : launch<T, MATRIX>(a, device);
+  }
+  if (a.plan.lanes == 8) return launch<T, 8>(a, device);
+  if (a.plan.lanes == 16) return launch<T, 16>(a, device);
+  return launch<T, 32>(a, device);
+}
+
+struct device_limits {
+  int shared_bytes, processors;
+};
+
+/* Asked for once per device. */
+cudaError_t limits_of(int device, device_limits *limits) {
+  static std::atomic<int> shared_bytes[DEVICES], processors[DEVICES];
+  if (device < DEVICES) {
+    limits->shared_bytes = shared_bytes[device].load(std::memory_order_relaxed);
+    limits->processors = processors[device].load(std::memory_order_relaxed);
+    if (limits->shared_bytes && limits->processors) return cudaSuccess;
+  }
+  cudaError_t error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && device < DEVICES) {
+    shared_bytes[device].store(limits->shared_bytes, std::memory_order_relaxed);
+    processors[device].store(limits->processors, std::memory_order_relaxed);
+  }
+  return error;
 }
 
 bool rows_are_aligned(const lola_array &array) {
@@ -919,10 +454,16 @@ bool rows_are_aligned(const lola_array &array) {
 
 int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
   const lola_shape &shape = cache->shape;
-  const decode_plan plan = plan_of(shape.heads / shape.kv_heads, cache->sets / shape.kv_heads, shape.head_dim,
-                                   shape.value_dim, shape.feature_dim, cache->ring, cache->config.sparse, shape.dtype);
+  const plan_sizes sizes = {shape.heads / shape.kv_heads, cache->sets / shape.kv_heads, shape.head_dim,
+                            shape.value_dim,              shape.feature_dim,            cache->ring,
+                            cache->config.sparse,         shape.dtype};
   const int64_t groups = shape.batch * shape.kv_heads;
-  return counter_bytes(groups) + groups * plan.partials * (plan.columns + INT64_C(4)) * 4;
+  int64_t floats = scratch_floats(plan_of(sizes, false), sizes.r);
+  if (fits_matrix(sizes)) {
+    const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
+    if (others > floats) floats = others;
+  }
+  return counter_bytes(groups) + groups * floats * 4;
 }
 
 lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
@@ -930,40 +471,55 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   const lola_device_segment &g = *segment;
   const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv;
   if (!groups) return LOLA_OK;
-  decode_plan plan = plan_of(g.r, g.S / g.Hkv, g.D, g.Dv, g.F, g.R, g.L, g.dtype);
-  int device = 0, most = 0;
+  const plan_sizes sizes = {g.r, g.S / g.Hkv, g.D, g.Dv, g.F, g.R, g.L, g.dtype};
+  /* Halves of float16 do not hold every q of another type, those of bfloat16 do. */
+  const bool matrix = fits_matrix(sizes) && (g.dtype == LOLA_BFLOAT16 || g.q.dtype == g.dtype);
+  decode_plan plan = plan_of(sizes, matrix);
+  int device = 0;
+  device_limits limits = {};
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess && plan.shared_bytes + 64 > most)
+  if (error == cudaSuccess) error = limits_of(device, &limits);
+  if (plan.items > INT64_C(0x7fffffff) / groups || scratch_floats(plan, 1) > INT64_C(0x7fffffff))
+    return lola_fail(message, LOLA_VALUE_ERROR,
+                     "a batch of %d with window %lld and sparse %d is too large for one decoding step: pass fewer rows",
+                     g.B, static_cast<long long>(g.W), g.L);
+  const int64_t blocks = groups * plan.items, item = lola_device_item(g.dtype);
+  const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
+  plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
+  plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
+  plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
+  place_shared(sizes, M, plan.prefetch, &plan);
+  if (error == cudaSuccess && plan.shared_bytes + 64 > limits.shared_bytes)
     return lola_fail(
         message, LOLA_VALUE_ERROR,
         "heads / kv_heads = %d, head_dim = %d, value_dim = %d and feature_dim = %d need %lld bytes of shared "
         "memory to decode, this device has %d: pass smaller ones",
-        g.r, g.D, g.Dv, g.F, static_cast<long long>(plan.shared_bytes), most);
-  if (plan.items > INT64_C(0x7fffffff) / groups)
-    return lola_fail(message, LOLA_VALUE_ERROR,
-                     "a batch of %d with window %lld and sparse %d is too large for one decoding step: pass fewer rows",
-                     g.B, static_cast<long long>(g.W), g.L);
-  const int64_t item = lola_device_item(g.dtype);
+        g.r, g.D, g.Dv, g.F, static_cast<long long>(plan.shared_bytes), limits.shared_bytes);
   plan.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
   plan.call_aligned = plan.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
-  const bool hedgehog = g.map.kind == LOLA_MAP_HEDGEHOG || g.map.kind == LOLA_MAP_HEDGEHOG_EXP;
-  const int M = hedgehog ? g.F / 2 : g.F;
-  plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
-  plan.weight_lanes = power_of_two(divided_up(M, plan.weight_vector), 32);
+  plan.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
+  plan.by_items = divisor_of(plan.items);
+  plan.by_kv_heads = divisor_of(g.Hkv);
+  plan.by_sparse_tiles = divisor_of(plan.sparse_tiles);
+  plan.by_rs = divisor_of(g.rs);
+  plan.by_pairs = divisor_of(plan.pairs);
+  plan.by_C = divisor_of(g.C);
+  plan.by_R = divisor_of(g.R);
+  plan.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
   const launch_arguments a = {segment,
                               plan,
                               static_cast<unsigned *>(scratch),
                               reinterpret_cast<float *>(static_cast<char *>(scratch) + counter_bytes(groups)),
-                              static_cast<unsigned>(groups * plan.items),
+                              static_cast<unsigned>(blocks),
+                              is_long(sizes),
                               stream};
   if (error == cudaSuccess)
-    error = g.dtype == LOLA_FLOAT32   ? launch_lanes<float>(a)
-            : g.dtype == LOLA_FLOAT16 ? launch_lanes<__half>(a)
-                                      : launch_lanes<__nv_bfloat16>(a);
+    error = g.dtype == LOLA_FLOAT32   ? launch_lanes<float>(a, device)
+            : g.dtype == LOLA_FLOAT16 ? launch_lanes<__half>(a, device)
+                                      : launch_lanes<__nv_bfloat16>(a, device);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel decode could not be set up: %s",
+    return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel decode could not be launched: %s",
                      cudaGetErrorString(error));
   }
   return lola_cuda_launched("decode", message);

@@ -42,12 +42,12 @@ struct decode_plan {
   int64_t window_tiles, sparse_tiles; /* per KV head; per set */
   int64_t items;                      /* blocks per (row, KV head) */
   int64_t slots;                      /* partials per query head */
-  divisor by_items, by_kv_heads, by_sparse_tiles, by_rs, by_C, by_R;
+  divisor by_items, by_kv_heads, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
   int small_sizes;                 /* C, R and W fit 31 bits */
-  int state_vector, state_lanes;   /* floats of H a thread copies at once; threads that share a row of H */
+  int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
   int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
-  int state_ahead;                 /* stages under way */
-  int weight_vector, weight_lanes; /* the same for the feature map's weights */
+  int state_ahead;                 /* stages under way: 2 or 4 */
+  int weight_vector, weight_shift; /* the same for the feature map's weights */
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */
   int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
@@ -65,6 +65,12 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void *to, const 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+
+/* 16 bytes, zeros when they are not `there`. */
+__device__ __forceinline__ void copy_or_zero(void *to, const void *from, bool there) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -96,11 +102,6 @@ __device__ __forceinline__ unsigned arrive(unsigned *counter) {
 }
 
 /* --- numbers ----------------------------------------------------------------------------------------- */
-
-/* The numbers of a piece of 16 bytes; zeros when it is not `there`, without a branch. */
-__device__ __forceinline__ uint4 load_piece(const void *piece, bool there) {
-  return there ? *static_cast<const uint4 *>(piece) : make_uint4(0, 0, 0, 0);
-}
 
 /* N floats that lie together in shared memory, at a multiple of their size. */
 template <int N> __device__ __forceinline__ void load_floats(const float *from, float *x) {
@@ -171,8 +172,8 @@ struct tile_target {
 };
 
 /* What the warps of a block left for `heads` heads, in order of warp: maximum and sum of head h at sums[(w * pitch + h)
- * * 2], o at merge[(w * pitch + h) * columns_pitch]. */
-__device__ __forceinline__ void merge_warps(const decode_plan &plan, const float *merge, int columns_pitch,
+ * * 2], o at merge[w * warp_step + h * head_step]. */
+__device__ __forceinline__ void merge_warps(const decode_plan &plan, const float *merge, int warp_step, int head_step,
                                             const float *sums, int pitch, int first_head, int heads,
                                             const tile_target &to) {
   const int quads = plan.columns / 4;
@@ -191,7 +192,7 @@ __device__ __forceinline__ void merge_warps(const decode_plan &plan, const float
     for (int w = 0; w < WARPS; w++) {
       const float share = weight_below(sums[(w * pitch + h) * 2], high);
       float x[4];
-      load_floats<4>(merge + (w * pitch + h) * columns_pitch + quad * 4, x);
+      load_floats<4>(merge + w * warp_step + h * head_step + quad * 4, x);
       total = fmaf(share, sums[(w * pitch + h) * 2 + 1], total);
 #pragma unroll
       for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], o[e]);

@@ -11,6 +11,11 @@ constexpr int ROWS = 8;  /* pairs of a tile that one thread works on, at most */
 constexpr int HEADS = 4; /* query heads at a time */
 constexpr int64_t TILE_BYTES = 48 << 10;
 
+/* The numbers of a piece of 16 bytes; zeros when it is not `there`, without a branch. */
+__device__ __forceinline__ uint4 load_piece(const void *piece, bool there) {
+  return there ? *static_cast<const uint4 *>(piece) : make_uint4(0, 0, 0, 0);
+}
+
 __device__ __forceinline__ void unpack(uint4 v, float (&x)[4], const float *) {
   x[0] = __uint_as_float(v.x);
   x[1] = __uint_as_float(v.y);
@@ -231,7 +236,7 @@ __device__ __forceinline__ void attend_heads(const decode_plan &plan, char *shar
   }
   __syncthreads();
 
-  merge_warps(plan, merge, plan.columns, sums, HEADS, first_head, heads, to);
+  merge_warps(plan, merge, HEADS * plan.columns, plan.columns, sums, HEADS, first_head, heads, to);
 }
 
 /* A tile for query heads head .. head + heads - 1; a partial each. */

@@ -1,11 +1,12 @@
 /* A tile of 16-bit pairs on the matrix units (mma.sync, sm_80 and later): S = Q K^T, P = exp2(S - max), O = P V.
  *
- * A warp takes 16 pairs and loads their keys and values straight into the registers of the products' right-hand sides,
- * everything at once. On the left are up to 8 query heads: rows 0-7 hold the 16-bit halves `hi` of q, or of P, rows
- * 8-15 what rounding left over (zero for a q of the cache's type), so that one product sums both and no weight loses
+ * A warp takes 16 pairs. Keys and values are the right-hand sides of the products; every lane copies the very pieces of
+ * 16 bytes that it feeds them (cp.async, all at once) into a place of its own, so that nothing waits for the tile and no
+ * bank conflicts. On the left are up to 8 query heads: rows 0-7 hold the 16-bit halves `hi` of q, or of P, rows 8-15
+ * what rounding left over (zero for a q of the cache's type), so that one product sums both and no weight loses
  * precision. q is scaled after the product. The order of k and of columns in a product is free: lane (row, quad) =
- * (lane / 4, lane % 4) takes elements 32j + 8quad .. + 7 of key `row`, one load for two products, and columns 8row ..
- * 8row + 7 of values 2quad, 2quad + 1 (and 8 later), of which column 8row + i goes to product i. Sums are float32. */
+ * (lane / 4, lane % 4) takes elements 32j + 8quad .. + 7 of keys row and row + 8, one piece for two products, and columns
+ * 64j + 8row .. + 7 of values 2quad, 2quad + 1 and the two 8 later, of which column 8row + i goes to product i. */
 #ifndef LOLA_CUDA_DECODE_MATRIX_CUH
 #define LOLA_CUDA_DECODE_MATRIX_CUH
 
@@ -17,7 +18,9 @@ namespace {
 constexpr int MATRIX_HEADS = 8;             /* query heads at a time */
 constexpr int WARP_PAIRS = 16;              /* pairs of a warp */
 constexpr int MATRIX_PAIRS = WARPS * WARP_PAIRS;
-constexpr int SPAN = 128;                   /* elements of a key, of a value, in registers at a time */
+constexpr int SPAN = 128;                   /* elements of a key, of a value, that are there at a time */
+constexpr int KEY_PIECES = WARP_PAIRS * SPAN * 2 / PIECE / 32; /* of one lane; of the values as many */
+constexpr int WARP_BYTES = 2 * KEY_PIECES * 32 * PIECE;
 
 /* Bytes of a query head in shared memory: 32 per 8 elements, and 16 that keep heads off each other's banks. */
 __host__ __device__ __forceinline__ int query_pitch(int D) { return (D + 31) / 32 * 128 + 16; }
@@ -36,19 +39,19 @@ template <typename T> __device__ __forceinline__ void split(float x, float y, un
   lo = pack<T>(x - rounded<T>(x), y - rounded<T>(y));
 }
 
-/* q of `heads` heads from `head` on, in the order in which the products read it; zeros up to a multiple of 8 heads. */
+/* q of `heads` heads from `head` on, in the order in which the products read it. */
 template <typename T>
 __device__ __forceinline__ void stage_queries(const lola_device_segment &g, const decode_plan &plan,
                                               const lola_device_span &span, int head, int heads, char *queries) {
   constexpr int LANES = 16;
   const int pitch = query_pitch(g.D), chunks = (g.D + 31) / 32 * 4;
 #pragma unroll 1
-  for (int h = threadIdx.x / LANES; h < (heads + MATRIX_HEADS - 1) / MATRIX_HEADS * MATRIX_HEADS; h += THREADS / LANES) {
-    const char *q = lola_device_at(g.q, span.batch, span.first, head + min(h, heads - 1));
+  for (int h = threadIdx.x / LANES; h < heads; h += THREADS / LANES) {
+    const char *q = lola_device_at(g.q, span.batch, span.first, head + h);
 #pragma unroll 1
     for (int chunk = threadIdx.x % LANES; chunk < chunks; chunk += LANES) {
       uint4 hi = make_uint4(0, 0, 0, 0), lo = hi;
-      if (h < heads && chunk * 8 < g.D) {
+      if (chunk * 8 < g.D) {
         if (plan.query_aligned) {
           hi = *reinterpret_cast<const uint4 *>(q + chunk * PIECE);
         } else {
@@ -84,73 +87,69 @@ __device__ __forceinline__ void stage_newest(const lola_device_segment &g, const
   }
 }
 
-/* What a lane holds of its warp's 16 pairs. */
-struct lane_pairs {
-  const char *key[2], *value[4]; /* where its pieces begin: of keys row and row + 8; of values 2quad, + 1, + 8, + 9 */
-  bool key_there[2], value_there[4];
-  uint4 k[2][4], v[4][2];
+/* Piece n of a lane: key row + 8 (n / 4), elements 32 (n % 4) + 8 quad on; the same for values from KEY_PIECES on, of
+ * value 2 quad + n / 2 % 2 + n / 4 * 8, elements 64 (n % 2) + 8 row on. */
+__device__ __forceinline__ char *piece_place(char *shared, int n) {
+  return shared + threadIdx.x / 32 * WARP_BYTES + n * 32 * PIECE + threadIdx.x % 32 * PIECE;
+}
 
-  __device__ __forceinline__ void find(const lola_device_segment &g, const tile_source &from) {
-    const int first = threadIdx.x / 32 * WARP_PAIRS, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-    const int64_t key_bytes = g.D * INT64_C(2), value_bytes = g.Dv * INT64_C(2);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int pair = first + row + 8 * i;
-      key[i] = from.keys + slot_of(from, pair) * key_bytes + quad * PIECE;
-      key_there[i] = pair < from.count && pair != from.newest;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int pair = first + 2 * quad + i % 2 + i / 2 * 8;
-      value[i] = from.values + slot_of(from, pair) * value_bytes + row * PIECE;
-      value_there[i] = pair < from.count && pair != from.newest;
-    }
-  }
+__device__ __forceinline__ int key_pair(int i) { return threadIdx.x / 32 * WARP_PAIRS + threadIdx.x % 32 / 4 + 8 * i; }
 
-  /* Elements first .. first + 127 of the keys, of the values; the newest pair's later, from shared memory. */
-  __device__ __forceinline__ void load_keys(const lola_device_segment &g, int first) {
-    const int left = g.D - first - threadIdx.x % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) k[i][j] = load_piece(key[i] + (first + 32 * j) * 2, key_there[i] && 32 * j < left);
-  }
+__device__ __forceinline__ int value_pair(int i) {
+  return threadIdx.x / 32 * WARP_PAIRS + threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8;
+}
 
-  __device__ __forceinline__ void load_values(const lola_device_segment &g, int first) {
-    const int left = g.Dv - first - threadIdx.x % 32 / 4 * 8;
+/* Asks for elements first .. first + 127 of the keys; zeros where there is none. */
+__device__ __forceinline__ void ask_keys(const lola_device_segment &g, const tile_source &from, int first,
+                                         char *shared) {
+  const int at = first + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+  for (int i = 0; i < 2; i++) {
+    const int pair = key_pair(i);
+    const bool there = pair < from.count && pair != from.newest;
+    const char *key = from.keys + (there ? slot_of(from, pair) : 0) * g.D * 2 + at * 2;
 #pragma unroll
-      for (int j = 0; j < 2; j++)
-        v[i][j] = load_piece(value[i] + (first + 64 * j) * 2, value_there[i] && 64 * j < left);
+    for (int j = 0; j < 4; j++)
+      copy_or_zero(piece_place(shared, i * 4 + j), key + 64 * j, there && at + 32 * j < g.D);
   }
+  copies_end_group();
+}
 
-  __device__ __forceinline__ void take_newest_key(const lola_device_segment &g, const tile_source &from, int first,
-                                                  const char *newest) {
-    const int pair = from.newest - static_cast<int>(threadIdx.x / 32 * WARP_PAIRS);
-    if (pair < 0 || pair >= WARP_PAIRS) return;
-    const int row = threadIdx.x % 32 / 4, at = first + threadIdx.x % 4 * 8;
+__device__ __forceinline__ void ask_values(const lola_device_segment &g, const tile_source &from, int first,
+                                           char *shared) {
+  const int at = first + threadIdx.x % 32 / 4 * 8;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (pair == row + 8 * i) {
+  for (int i = 0; i < 4; i++) {
+    const int pair = value_pair(i);
+    const bool there = pair < from.count && pair != from.newest;
+    const char *value = from.values + (there ? slot_of(from, pair) : 0) * g.Dv * 2 + at * 2;
 #pragma unroll
-        for (int j = 0; j < 4; j++) k[i][j] = load_piece(newest + (at + 32 * j) * 2, at + 32 * j < g.D);
-      }
+    for (int j = 0; j < 2; j++)
+      copy_or_zero(piece_place(shared, KEY_PIECES + i * 2 + j), value + 128 * j, there && at + 64 * j < g.Dv);
   }
+  copies_end_group();
+}
 
-  __device__ __forceinline__ void take_newest_value(const lola_device_segment &g, const tile_source &from, int first,
-                                                    const char *newest) {
-    const int pair = from.newest - static_cast<int>(threadIdx.x / 32 * WARP_PAIRS);
-    if (pair < 0 || pair >= WARP_PAIRS) return;
-    const int quad = threadIdx.x % 4, at = first + threadIdx.x % 32 / 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (pair == 2 * quad + i % 2 + i / 2 * 8) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) v[i][j] = load_piece(newest + (g.D + at + 64 * j) * 2, at + 64 * j < g.Dv);
-      }
-  }
-};
+/* The newest pair's pieces, once the copies have landed. */
+__device__ __forceinline__ void put_newest_key(const lola_device_segment &g, const tile_source &from, int first,
+                                               const char *newest, char *shared) {
+  const int at = first + threadIdx.x % 4 * 8;
+#pragma unroll 1
+  for (int n = 0; n < KEY_PIECES; n++)
+    if (key_pair(n / 4) == from.newest && at + n % 4 * 32 < g.D)
+      *reinterpret_cast<uint4 *>(piece_place(shared, n)) =
+          *reinterpret_cast<const uint4 *>(newest + (at + n % 4 * 32) * 2);
+}
+
+__device__ __forceinline__ void put_newest_value(const lola_device_segment &g, const tile_source &from, int first,
+                                                 const char *newest, char *shared) {
+  const int at = first + threadIdx.x % 32 / 4 * 8;
+#pragma unroll 1
+  for (int n = 0; n < KEY_PIECES; n++)
+    if (value_pair(n / 2) == from.newest && at + n % 2 * 64 < g.Dv)
+      *reinterpret_cast<uint4 *>(piece_place(shared, KEY_PIECES + n)) =
+          *reinterpret_cast<const uint4 *>(newest + (g.D + at + n % 2 * 64) * 2);
+}
 
 /* Columns 64 j + 16 quad .. + 15 of this lane's head: P V, from the values' column block in registers. */
 template <typename T>
@@ -170,8 +169,9 @@ __device__ __forceinline__ void weigh_values(const unsigned (&p)[4], const uint4
   }
 }
 
-/* A tile for query heads head .. head + heads - 1; a partial each. */
-template <typename T>
+/* A tile for query heads head .. head + heads - 1; a partial each. LONG: keys or values have more than SPAN elements, or
+ * there are more than MATRIX_HEADS heads; then what does not stay in registers is loaded again. */
+template <typename T, bool LONG>
 __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, const decode_plan &plan,
                                               const lola_device_span &span, const tile_source &from, int head,
                                               int heads, char *shared, const tile_target &to) {
@@ -179,31 +179,32 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
   char *queries = shared + plan.queries_at, *newest = shared + plan.newest_at;
   float *merge = reinterpret_cast<float *>(shared + plan.merge_at);
   float *sums = reinterpret_cast<float *>(shared + plan.sums_at);
-  const int pitch = merge_pitch(g.Dv);
+  const int pitch = merge_pitch(g.Dv), warp_step = LONG ? MATRIX_HEADS * pitch : WARP_BYTES / 4;
+  const bool has_newest = from.newest >= 0 && from.newest / WARP_PAIRS == warp;
 
-  lane_pairs pairs;
-  pairs.find(g, from);
-  pairs.load_keys(g, 0);
-  pairs.load_values(g, 0);
+  ask_keys(g, from, 0, shared);
+  ask_values(g, from, 0, shared);
   stage_queries<T>(g, plan, span, head, heads, queries);
   if (from.newest >= 0) stage_newest<T>(g, from, newest);
   __syncthreads();
-  pairs.take_newest_key(g, from, 0, newest);
-  pairs.take_newest_value(g, from, 0, newest);
 
 #pragma unroll 1
-  for (int first = 0; first < heads; first += MATRIX_HEADS) {
+  for (int first = 0; first == 0 || (LONG && first < heads); first += MATRIX_HEADS) {
     if (first) __syncthreads(); /* the last heads' sums were read */
     const int left = min(heads - first, MATRIX_HEADS);
 
     float s[2][4] = {};
-    const char *query = queries + (first + row) * query_pitch(g.D) + quad * 2 * PIECE;
+    /* Rows without a head repeat the last one; nobody reads their sums. */
+    const char *query = queries + (first + min(row, left - 1)) * query_pitch(g.D) + quad * 2 * PIECE;
 #pragma unroll 1
-    for (int d = 0; d < g.D; d += SPAN) {
-      if (d || (first && g.D > SPAN)) {
-        pairs.load_keys(g, d);
-        pairs.take_newest_key(g, from, d, newest);
+    for (int d = 0; d == 0 || (LONG && d < g.D); d += SPAN) {
+      if (LONG && (d || first)) {
+        ask_keys(g, from, d, shared);
+        copies_wait<0>();
+      } else {
+        copies_wait<1>();
       }
+      if (has_newest) put_newest_key(g, from, d, newest, shared);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         if (d + 32 * j >= g.D) break;
@@ -212,8 +213,9 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
         const unsigned a0[4] = {q0.x, q0.y, q0.z, q0.w}, a1[4] = {q1.x, q1.y, q1.z, q1.w};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          mma<T>(s[i], a0, pairs.k[i][j].x, pairs.k[i][j].y);
-          mma<T>(s[i], a1, pairs.k[i][j].z, pairs.k[i][j].w);
+          const uint4 k = *reinterpret_cast<const uint4 *>(piece_place(shared, i * 4 + j));
+          mma<T>(s[i], a0, k.x, k.y);
+          mma<T>(s[i], a1, k.z, k.w);
         }
       }
     }
@@ -241,25 +243,29 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
     }
     sum += __shfl_xor_sync(ALL, sum, 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
-    const int place = warp * MATRIX_HEADS + row;
-    if (quad == 0 && row < left) *reinterpret_cast<float2 *>(sums + place * 2) = make_float2(high, sum);
+    if (quad == 0 && row < left)
+      *reinterpret_cast<float2 *>(sums + (warp * MATRIX_HEADS + row) * 2) = make_float2(high, sum);
 
 #pragma unroll 1
-    for (int column = 0; column < g.Dv; column += SPAN) {
-      if (column || (first && g.Dv > SPAN)) {
-        pairs.load_values(g, column);
-        pairs.take_newest_value(g, from, column, newest);
-      }
+    for (int column = 0; column == 0 || (LONG && column < g.Dv); column += SPAN) {
+      if (LONG && (column || first)) ask_values(g, from, column, shared);
+      copies_wait<0>();
+      if (has_newest) put_newest_value(g, from, column, newest, shared);
+      uint4 v[4][2];
+#pragma unroll
+      for (int n = 0; n < KEY_PIECES; n++)
+        v[n / 2][n % 2] = *reinterpret_cast<const uint4 *>(piece_place(shared, KEY_PIECES + n));
+      __syncwarp(); /* unless LONG, the sums take the pairs' place */
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         if (column + 64 * j >= g.Dv) break;
         float o[16];
-        weigh_values<T>(p, pairs.v, j, o);
-        if (row < left) store_floats<16>(merge + place * pitch + column + 64 * j + 16 * quad, o);
+        weigh_values<T>(p, v, j, o);
+        if (row < left) store_floats<16>(merge + warp * warp_step + row * pitch + column + 64 * j + 16 * quad, o);
       }
     }
     __syncthreads();
-    merge_warps(plan, merge, pitch, sums, MATRIX_HEADS, first, left, to);
+    merge_warps(plan, merge, warp_step, pitch, sums, MATRIX_HEADS, first, left, to);
   }
 }
 

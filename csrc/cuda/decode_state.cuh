@@ -1,4 +1,21 @@
-/* --- phi(q)^T H and phi(q)^T s of a query head ----------------------------------------------------- */
+/* A query head's hidden state: phi(q), N = phi(q)^T H and z = phi(q)^T s.
+ *
+ * H (F x Dv float32) is asked for first (cp.async), then the feature map's weights (D x M, into registers), then q; a
+ * thread multiplies the very pieces of H that it copied. `even` states, where a pass of the block over H is one run of
+ * memory (Dv = 32, 64 or 128), go in stages of PASSES passes at fixed offsets; others piece by piece. */
+#ifndef LOLA_CUDA_DECODE_STATE_CUH
+#define LOLA_CUDA_DECODE_STATE_CUH
+
+#include "decode.cuh"
+
+namespace {
+
+constexpr int DEPTH = 16;  /* pieces of H that one thread has under way, when it is not even */
+constexpr int PASSES = 8;  /* pieces of H of one thread and stage */
+constexpr int STAGE_FLOATS = PASSES * THREADS * 4;
+constexpr float FEATURE_FLOOR = 1e-12f;
+
+/* --- phi(q) ------------------------------------------------------------------------------------------ */
 
 __device__ __forceinline__ float finish_feature(float x, float floor, bool round) {
   x = fmaxf(x, floor);
@@ -13,57 +30,74 @@ __device__ __forceinline__ float add_groups(const float *from, int count, int st
   return total;
 }
 
-/* projected = x W, W (D, M). Waits for the block before it reads x, so that the first weights are on their way by then,
- * and after it has written `projected`. */
-template <int VECTOR>
-__device__ __forceinline__ void project(const float *weights, int D, int M, int lanes, const float *x, float *reduce,
-                                        float *projected) {
-  constexpr int AHEAD = 8;
-  const int groups = THREADS / lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int block = lanes * VECTOR;
-  bool waited = false;
+/* Columns of x W by groups of threads. */
+struct projection {
+  const float *parts; /* per block of columns: a sum of each group */
+  int groups, block;
+
+  __device__ __forceinline__ float column(int m) const {
+    const int skipped = m < block ? 0 : m / block;
+    return add_groups(parts + skipped * groups * block + (m - skipped * block), groups, block);
+  }
+};
+
+/* x W, W (D, M), into `parts`. `stage` writes x; it is called once the first weights are on their way. The block waits
+ * for the result. */
+template <int VECTOR, class Stage>
+__device__ __forceinline__ projection project(const float *weights, int D, int M, int shift, const float *x,
+                                              float *parts, Stage stage) {
+  constexpr int AHEAD = 16;
+  const int groups = THREADS >> shift, lane = threadIdx.x & ((1 << shift) - 1), group = threadIdx.x >> shift;
+  const int block = VECTOR << shift;
+  bool staged = false;
+#pragma unroll 1
   for (int first = 0; first < M; first += block) {
     const int column = first + lane * VECTOR;
     float sum[VECTOR] = {};
+#pragma unroll 1
     for (int d = group; d - group < D; d += AHEAD * groups) {
       float w[AHEAD][VECTOR];
+      const float *row = weights + static_cast<int64_t>(d) * M + column;
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        const int row = d + i * groups;
+      for (int i = 0; i < AHEAD; i++, row += groups * M) {
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) w[i][e] = 0;
-        if (row < D && column < M) load_floats<VECTOR>(weights + static_cast<int64_t>(row) * M + column, w[i]);
+        if (d + i * groups < D && column < M) load_floats<VECTOR>(row, w[i]);
       }
-      if (!waited) __syncthreads();
-      waited = true;
+      if (!staged) {
+        stage();
+        __syncthreads();
+      }
+      staged = true;
 #pragma unroll
       for (int i = 0; i < AHEAD; i++) {
-        const int row = d + i * groups;
-        const float factor = row < D ? x[row] : 0;
+        const float factor = d + i * groups < D ? x[d + i * groups] : 0;
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(factor, w[i][e], sum[e]);
       }
     }
-    store_floats<VECTOR>(reduce + group * block + lane * VECTOR, sum);
-    __syncthreads();
-    for (int i = threadIdx.x; i < block && first + i < M; i += THREADS)
-      projected[first + i] = add_groups(reduce + i, groups, block);
-    __syncthreads();
+    store_floats<VECTOR>(parts + first * groups + group * block + lane * VECTOR, sum);
   }
+  __syncthreads();
+  return projection{parts, groups, block};
 }
 
 /* One side of Hedgehog by one warp: exp(sign (x - shift)) over M, shift the highest (lowest) x, divided by its sum when
  * `normalise`. */
-__device__ __forceinline__ void exponentials(const float *x, int M, float sign, bool normalise, bool round,
+__device__ __forceinline__ void exponentials(const projection &x, int M, float sign, bool normalise, bool round,
                                              float *phi) {
   const int lane = threadIdx.x % 32;
   float high = -INFINITY, sum = 0;
 #pragma unroll 1
-  for (int j = lane; j < M; j += 32) high = fmaxf(high, sign * x[j]);
+  for (int j = lane; j < M; j += 32) {
+    const float y = sign * x.column(j);
+    phi[j] = y;
+    high = fmaxf(high, y);
+  }
   high = warp_max(high);
 #pragma unroll 1
   for (int j = lane; j < M; j += 32) {
-    const float e = expf(sign * x[j] - high);
+    const float e = expf(phi[j] - high);
     phi[j] = e;
     sum += e;
   }
@@ -73,11 +107,14 @@ __device__ __forceinline__ void exponentials(const float *x, int M, float sign, 
   for (int j = lane; j < M; j += 32) phi[j] = finish_feature(phi[j] * scale, FEATURE_FLOOR, round);
 }
 
+__host__ __device__ __forceinline__ bool is_hedgehog(const lola_feature_map &map) {
+  return map.kind == LOLA_MAP_HEDGEHOG || map.kind == LOLA_MAP_HEDGEHOG_EXP;
+}
+
 /* phi(q) into shared memory. The block waits for it before it goes on. */
 __device__ __forceinline__ void query_features(const lola_device_segment &g, const decode_plan &plan,
                                                const lola_device_span &span, int head, char *shared) {
   float *x = reinterpret_cast<float *>(shared + plan.x_at);
-  float *projected = reinterpret_cast<float *>(shared + plan.projected_at);
   float *phi = reinterpret_cast<float *>(shared + plan.phi_at);
   const bool round = g.dtype != LOLA_FLOAT32;
   if (g.stores_features) {
@@ -90,37 +127,84 @@ __device__ __forceinline__ void query_features(const lola_device_segment &g, con
     __syncthreads();
     return;
   }
-  const char *q = lola_device_at(g.q, span.batch, span.first, head);
+  const auto stage = [&] {
+    const char *q = lola_device_at(g.q, span.batch, span.first, head);
 #pragma unroll 1
-  for (int d = threadIdx.x; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
-  const bool hedgehog = g.map.kind == LOLA_MAP_HEDGEHOG || g.map.kind == LOLA_MAP_HEDGEHOG_EXP;
+    for (int d = threadIdx.x; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
+  };
+  const bool hedgehog = is_hedgehog(g.map), projects = hedgehog || (g.map.kind == LOLA_MAP_RELU && g.map.w_q);
   const int M = hedgehog ? g.F / 2 : g.F;
-  const bool projects = hedgehog || (g.map.kind == LOLA_MAP_RELU && g.map.w_q);
+  projection y = {x, 1, M}; /* F = D */
   if (projects) {
     const float *weights = g.map.w_q + static_cast<int64_t>(head) * g.D * M;
-    float *reduce = reinterpret_cast<float *>(shared + plan.reduce_at);
+    float *parts = reinterpret_cast<float *>(shared + plan.reduce_at);
     if (plan.weight_vector == 4)
-      project<4>(weights, g.D, M, plan.weight_lanes, x, reduce, projected);
+      y = project<4>(weights, g.D, M, plan.weight_shift, x, parts, stage);
     else
-      project<1>(weights, g.D, M, plan.weight_lanes, x, reduce, projected);
+      y = project<1>(weights, g.D, M, plan.weight_shift, x, parts, stage);
   } else {
-    projected = x; /* F = D */
+    stage();
     __syncthreads();
   }
   if (hedgehog) {
     const int warp = threadIdx.x / 32;
-    if (warp < 2)
-      exponentials(projected, M, warp ? -1.0f : 1.0f, g.map.kind == LOLA_MAP_HEDGEHOG, round, phi + warp * M);
+    if (warp < 2) exponentials(y, M, warp ? -1.0f : 1.0f, g.map.kind == LOLA_MAP_HEDGEHOG, round, phi + warp * M);
   } else {
 #pragma unroll 1
     for (int f = threadIdx.x; f < M; f += THREADS) {
-      const float y = projected[f];
-      phi[f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, FEATURE_FLOOR, round)
-                                           : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
+      const float v = y.column(f);
+      phi[f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(v, FEATURE_FLOOR, round)
+                                           : finish_feature(v > 0 ? v + 1 : expf(v), 0, round);
     }
   }
   __syncthreads();
 }
+
+/* --- an even state ------------------------------------------------------------------------------------ */
+
+/* Asks for a stage of H; the ring has room for `ahead` of them. */
+__device__ __forceinline__ void ask_stage(const float *hidden, int stage, int slot, char *shared) {
+  const float *from = hidden + static_cast<int64_t>(stage) * STAGE_FLOATS + threadIdx.x * 4;
+  float *to = reinterpret_cast<float *>(shared) + slot * STAGE_FLOATS + threadIdx.x * 4;
+#pragma unroll
+  for (int i = 0; i < PASSES; i++) copy_async<16>(to + i * THREADS * 4, from + i * THREADS * 4);
+}
+
+__device__ __forceinline__ void begin_even(const float *hidden, const decode_plan &plan, char *shared) {
+#pragma unroll 1
+  for (int i = 0; i < plan.state_ahead; i++) {
+    if (i < plan.state_stages) ask_stage(hidden, i, i, shared);
+    copies_end_group();
+  }
+}
+
+/* This thread's part of N: columns 4 lane .. + 3, rows group, group + groups, ... */
+__device__ __forceinline__ void recall_even(const float *hidden, const decode_plan &plan, const float *phi,
+                                            char *shared, float (&sum)[4]) {
+  const int group = threadIdx.x >> plan.state_shift, groups = THREADS >> plan.state_shift;
+  int slot = 0;
+  phi += group;
+#pragma unroll 1
+  for (int stage = 0; stage < plan.state_stages; stage++) {
+    if (plan.state_ahead == 4)
+      copies_wait<3>();
+    else
+      copies_wait<1>();
+    const float *from = reinterpret_cast<const float *>(shared) + slot * STAGE_FLOATS + threadIdx.x * 4;
+#pragma unroll
+    for (int i = 0; i < PASSES; i++, phi += groups) {
+      float x[4];
+      load_floats<4>(from + i * THREADS * 4, x);
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[e] = fmaf(*phi, x[e], sum[e]);
+    }
+    if (stage + plan.state_ahead < plan.state_stages) ask_stage(hidden, stage + plan.state_ahead, slot, shared);
+    copies_end_group();
+    slot = slot + 1 == plan.state_ahead ? 0 : slot + 1;
+  }
+}
+
+/* --- any state ----------------------------------------------------------------------------------------- */
 
 /* A thread's walk over H: its rows for one block of columns after the other. */
 struct state_walk {
@@ -131,12 +215,12 @@ struct state_walk {
 
 /* Asks for the next piece of H, if there is one. */
 template <int VECTOR> __device__ __forceinline__ void ask(state_walk &walk, const decode_plan &plan, int F, int Dv) {
-  const int lanes = plan.state_lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  const int lanes = 1 << plan.state_shift, lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> plan.state_shift;
   if (walk.column - lane * VECTOR < Dv) {
     if (walk.row < F && walk.column < Dv)
       copy_async<VECTOR * 4>(walk.stage + walk.slot * (THREADS * VECTOR),
                              walk.hidden + static_cast<int64_t>(walk.row) * Dv + walk.column);
-    walk.row += THREADS / lanes;
+    walk.row += THREADS >> plan.state_shift;
     if (walk.row - group >= F) {
       walk.row = group;
       walk.column += lanes * VECTOR;
@@ -149,45 +233,62 @@ template <int VECTOR> __device__ __forceinline__ void ask(state_walk &walk, cons
 template <int VECTOR>
 __device__ __forceinline__ state_walk begin_walk(const float *hidden, const decode_plan &plan, int F, int Dv,
                                                  char *shared) {
-  const int lane = threadIdx.x % plan.state_lanes, group = threadIdx.x / plan.state_lanes;
+  const int lane = threadIdx.x & ((1 << plan.state_shift) - 1), group = threadIdx.x >> plan.state_shift;
   state_walk walk = {hidden, reinterpret_cast<float *>(shared) + threadIdx.x * VECTOR, group, lane * VECTOR, 0};
 #pragma unroll 1
   for (int i = 0; i < DEPTH; i++) ask<VECTOR>(walk, plan, F, Dv);
   return walk;
 }
 
-/* N = phi^T H as the walk goes on, and z from the warps' sums in `reduce_z`. */
+/* This thread's part of N for columns first .. first + lanes * VECTOR - 1, as the walk goes on. */
 template <int VECTOR>
-__device__ __forceinline__ void recall(state_walk walk, const decode_plan &plan, int F, int Dv, const float *phi,
-                                       float *reduce, const float *reduce_z, float *partial) {
-  const int lanes = plan.state_lanes, groups = THREADS / lanes;
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int block = lanes * VECTOR;
-  int taken = 0;
-  for (int first = 0; first < Dv; first += block) {
-    float sum[VECTOR] = {};
+__device__ __forceinline__ void recall_block(state_walk &walk, int &taken, int first, const decode_plan &plan, int F,
+                                             int Dv, const float *phi, float (&sum)[VECTOR]) {
+  const int groups = THREADS >> plan.state_shift, group = threadIdx.x >> plan.state_shift;
+  const int lane = threadIdx.x & ((1 << plan.state_shift) - 1);
 #pragma unroll 2
-    for (int f = group; f - group < F; f += groups) {
-      copies_wait<DEPTH - 1>();
-      if (f < F && first + lane * VECTOR < Dv) {
-        float x[VECTOR];
-        load_floats<VECTOR>(walk.stage + taken * (THREADS * VECTOR), x);
+  for (int f = group; f - group < F; f += groups) {
+    copies_wait<DEPTH - 1>();
+    if (f < F && first + lane * VECTOR < Dv) {
+      float x[VECTOR];
+      load_floats<VECTOR>(walk.stage + taken * (THREADS * VECTOR), x);
 #pragma unroll
-        for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(phi[f], x[e], sum[e]);
-      }
-      taken = taken + 1 == DEPTH ? 0 : taken + 1;
-      ask<VECTOR>(walk, plan, F, Dv);
+      for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(phi[f], x[e], sum[e]);
     }
-    store_floats<VECTOR>(reduce + group * block + lane * VECTOR, sum);
-    __syncthreads();
-    for (int i = threadIdx.x; i < block && first + i < Dv; i += THREADS)
-      partial[first + i] = add_groups(reduce + i, groups, block);
-    if (first == 0 && threadIdx.x == 0) partial[plan.columns] = add_groups(reduce_z, WARPS, 1);
-    __syncthreads();
+    taken = taken + 1 == DEPTH ? 0 : taken + 1;
+    ask<VECTOR>(walk, plan, F, Dv);
+  }
+}
+
+/* --- N and z --------------------------------------------------------------------------------------------- */
+
+/* Sums of the groups for columns first .. first + block - 1, in order of group; with the first ones also z. */
+template <int VECTOR>
+__device__ __forceinline__ void write_sums(const decode_plan &plan, int first, int Dv, const float (&sum)[VECTOR],
+                                           float *reduce, const float *reduce_z, float *partial) {
+  const int groups = THREADS >> plan.state_shift, block = VECTOR << plan.state_shift;
+  store_floats<VECTOR>(reduce + threadIdx.x * VECTOR, sum);
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < block && first + i < Dv; i += THREADS)
+    partial[first + i] = add_groups(reduce + i, groups, block);
+  if (first == 0 && threadIdx.x == 0) partial[plan.columns] = add_groups(reduce_z, WARPS, 1);
+}
+
+template <int VECTOR>
+__device__ __forceinline__ void recall_walk(state_walk walk, const decode_plan &plan, int F, int Dv, const float *phi,
+                                            float *reduce, const float *reduce_z, float *partial) {
+  int taken = 0;
+  for (int first = 0; first < Dv; first += VECTOR << plan.state_shift) {
+    if (first) __syncthreads(); /* the last sums were read */
+    float sum[VECTOR] = {};
+    recall_block<VECTOR>(walk, taken, first, plan, F, Dv, phi, sum);
+    write_sums<VECTOR>(plan, first, Dv, sum, reduce, reduce_z, partial);
   }
 }
 
 /* N and z into the head's partial; the call's own features of the token into the ring. */
+template <bool EVEN>
 __device__ __forceinline__ void state_item(const lola_device_segment &g, const decode_plan &plan,
                                            const lola_device_span &span, int64_t state, int head, bool folded,
                                            char *shared, float *partial) {
@@ -195,8 +296,8 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
   if (g.stores_features) {
     const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
     const char *from = lola_device_at(g.k_features, span.batch, span.first, head);
-    char *to =
-        static_cast<char *>(g.window_features) + (state * g.R + span.position % g.R) * F * lola_device_item(type);
+    char *to = static_cast<char *>(g.window_features) +
+               (state * g.R + span.position % g.R) * F * lola_device_item(type);
 #pragma unroll 1
     for (int f = threadIdx.x; f < F; f += THREADS)
       lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
@@ -206,9 +307,13 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
     return;
   }
   const float *hidden = g.hidden + state * F * Dv, *normalizer = g.normalizer + state * F;
-  const bool by_four = plan.state_vector == 4;
-  const state_walk walk =
-      by_four ? begin_walk<4>(hidden, plan, F, Dv, shared) : begin_walk<1>(hidden, plan, F, Dv, shared);
+  state_walk walk = {};
+  if constexpr (EVEN)
+    begin_even(hidden, plan, shared);
+  else if (plan.state_vector == 4)
+    walk = begin_walk<4>(hidden, plan, F, Dv, shared);
+  else
+    walk = begin_walk<1>(hidden, plan, F, Dv, shared);
   const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
 
   query_features(g, plan, span, head, shared);
@@ -220,9 +325,17 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
   for (int f = threadIdx.x + THREADS; f < F; f += THREADS) z = fmaf(phi[f], normalizer[f], z);
   z = warp_sum(z);
   if (threadIdx.x % 32 == 0) reduce_z[threadIdx.x / 32] = z;
-  if (by_four)
-    recall<4>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
-  else
-    recall<1>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
+  if constexpr (EVEN) {
+    float sum[4] = {};
+    recall_even(hidden, plan, phi, shared, sum);
+    write_sums<4>(plan, 0, Dv, sum, reduce, reduce_z, partial);
+  } else if (plan.state_vector == 4) {
+    recall_walk<4>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
+  } else {
+    recall_walk<1>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
+  }
 }
 
+} // namespace
+
+#endif
