@@ -75,3 +75,10 @@ def test_the_base_forgets_and_lola_remembers():
         assert found[task, "softmax", None] == 1
         assert found[task, "base", "gated"] == found[task, "base", "lolcats"] == 0
         assert found[task, "lola", "gated"] >= 0.75
+
+
+def test_the_state_carries_the_answer_where_the_base_was_trained():
+    """At 1024 bytes, sparse = 0: the window of 64 does not hold the needle, so under "lolcats" the state answers (142 of 200)."""
+    rows = evaluate("needle", ["niah_single_1"], lengths=[1024], attentions=["base"], samples=8)
+    found = {row["mixing"]: row["accuracy"] for row in rows}
+    assert found["lolcats"] >= 0.375 and found["gated"] == 0
