@@ -167,7 +167,9 @@ def test_errors_leave_no_traceback(tmp_path):
 
 def test_ctrl_c_ends_the_process(folder):
     arguments = [sys.executable, "-u", "-m", "lola", "eval", "--model", folder, "--samples", "5000", "--lengths", "700", "--tasks", "niah_single_1"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts its background jobs with the signal ignored, and children inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         while "softmax" not in process.stdout.readline():
             assert process.poll() is None
