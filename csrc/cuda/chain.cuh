@@ -3,7 +3,8 @@
  * ended. It must call lola_device_await_previous in every block before it reads anything that an earlier kernel writes
  * and before it writes anything at all; that waits for the whole of the kernel before it, memory included, and so, as
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
- * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary. */
+ * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
+ */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 

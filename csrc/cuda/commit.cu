@@ -11,8 +11,9 @@
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-/* Blocks of all rows together, at most, as long as each row has one. */
-constexpr int64_t MOST_BLOCKS = 2048;
+/* Blocks of all rows together, at most, as long as each row has one: few enough to run at once, since most steps of
+ * decoding have no work for them. */
+constexpr int64_t MOST_BLOCKS = 512;
 constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
@@ -51,7 +52,7 @@ __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, cons
 }
 
 /* A warp looks at 32 slots at a time. */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
   lola_device_start_next();
   const int row = blockIdx.x / blocks_per_row;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* A warp writes one token of one KV head at a time. */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
   lola_device_start_next();
   const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;

@@ -17,7 +17,7 @@
 namespace {
 
 /* Blocks per multiprocessor up to which a grid is small: it does not fill memory's queues for long, so each block asks
- * for its part, and for its whole state, before it knows its row. */
+ * for its part before it knows its row. */
 constexpr int SMALL_GRID = 3;
 
 /* --- the plan -------------------------------------------------------------------------------------- */
@@ -75,7 +75,7 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
 int64_t scratch_floats(const decode_plan &plan, int64_t r) { return r * plan.slots * (plan.columns + INT64_C(4)); }
 
 /* Where things lie in shared memory. 64-bit sums: a size too large shows in shared_bytes, and nothing runs. */
-void place_shared(const plan_sizes &sizes, int64_t M, bool small_grid, decode_plan *p) {
+void place_shared(const plan_sizes &sizes, int64_t M, decode_plan *p) {
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t place = at;
@@ -104,11 +104,10 @@ void place_shared(const plan_sizes &sizes, int64_t M, bool small_grid, decode_pl
   p->state_shift = shift_of(divided_up(sizes.Dv, p->state_vector));
   const int64_t groups = THREADS >> p->state_shift, columns = p->state_vector << p->state_shift;
   const bool even = p->state_vector == 4 && sizes.Dv == columns && sizes.F % (groups * PASSES) == 0;
-  p->state_ahead = small_grid ? 4 : 2;
   if (even) {
     const int64_t stages = sizes.F / (groups * PASSES);
     p->state_stages = static_cast<int>(stages);
-    take((stages < p->state_ahead ? stages : p->state_ahead) * STAGE_FLOATS * 4);
+    take((stages < AHEAD ? stages : AHEAD) * STAGE_FLOATS * 4);
   } else {
     const int64_t copies = divided_up(sizes.F, groups) * divided_up(sizes.Dv, columns);
     take((copies < DEPTH ? copies : DEPTH) * THREADS * p->state_vector * 4);
@@ -140,7 +139,8 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
                                       int first_count, const float *partials) {
   constexpr int MERGE = 12, LANE_COLUMNS = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int stride = plan.columns + 4, slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
+  const int stride = plan.columns + 4, slots = static_cast<int>(plan.slots),
+            window_tiles = tiles_of(plan, window_pairs);
   const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {
@@ -279,7 +279,7 @@ __device__ __forceinline__ row_window window_of(const lola_device_segment &g, co
 }
 
 template <typename T, int LANES>
-__global__ void __launch_bounds__(THREADS, LANES == MATRIX ? 5 : 4)
+__global__ void __launch_bounds__(THREADS, 3)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
                   unsigned *counters, float *scratch) {
   extern __shared__ __align__(16) char shared[];
@@ -312,10 +312,7 @@ __global__ void __launch_bounds__(THREADS, LANES == MATRIX ? 5 : 4)
   float *partials = scratch + b.group * g.r * head_step;
   if (b.is_state) {
     float *partial = partials + b.tile * head_step + (plan.slots - 1) * stride;
-    if (plan.state_stages)
-      state_item<true>(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
-    else
-      state_item<false>(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
+    state_item(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
   } else {
     const row_window window = window_of(g, plan, span.position);
     tile_source from = {};
@@ -409,8 +406,8 @@ template <typename T, int LANES> cudaError_t launch(const launch_arguments &a, i
     if (error != cudaSuccess) return error;
     if (device < DEVICES) allowed[device].store(bytes, std::memory_order_relaxed);
   }
-  return lola_cuda_launch_chained(decode_kernel<T, LANES>, a.blocks, THREADS, a.plan.shared_bytes, a.stream,
-                                  *a.segment, a.plan, a.counters, a.partials);
+  return lola_cuda_launch_chained(decode_kernel<T, LANES>, a.blocks, THREADS, a.plan.shared_bytes, a.stream, *a.segment,
+                                  a.plan, a.counters, a.partials);
 }
 
 template <typename T> cudaError_t launch_lanes(const launch_arguments &a, int device) {
@@ -435,8 +432,7 @@ cudaError_t limits_of(int device, device_limits *limits) {
     if (limits->shared_bytes && limits->processors) return cudaSuccess;
   }
   cudaError_t error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess && device < DEVICES) {
     shared_bytes[device].store(limits->shared_bytes, std::memory_order_relaxed);
     processors[device].store(limits->processors, std::memory_order_relaxed);
@@ -454,9 +450,14 @@ bool rows_are_aligned(const lola_array &array) {
 
 int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
   const lola_shape &shape = cache->shape;
-  const plan_sizes sizes = {shape.heads / shape.kv_heads, cache->sets / shape.kv_heads, shape.head_dim,
-                            shape.value_dim,              shape.feature_dim,            cache->ring,
-                            cache->config.sparse,         shape.dtype};
+  const plan_sizes sizes = {shape.heads / shape.kv_heads,
+                            cache->sets / shape.kv_heads,
+                            shape.head_dim,
+                            shape.value_dim,
+                            shape.feature_dim,
+                            cache->ring,
+                            cache->config.sparse,
+                            shape.dtype};
   const int64_t groups = shape.batch * shape.kv_heads;
   int64_t floats = scratch_floats(plan_of(sizes, false), sizes.r);
   if (fits_matrix(sizes)) {
@@ -488,7 +489,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
   plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
-  place_shared(sizes, M, plan.prefetch, &plan);
+  place_shared(sizes, M, &plan);
   if (error == cudaSuccess && plan.shared_bytes + 64 > limits.shared_bytes)
     return lola_fail(
         message, LOLA_VALUE_ERROR,

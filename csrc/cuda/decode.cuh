@@ -34,11 +34,11 @@ __device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool sm
 /* Tiles and partials are fixed by the cache's sizes, so a row's sums are the same in any batch. A partial is `columns`
  * sums and 4 more floats; those of a (row, KV head) lie by query head, then: window tiles, sparse tiles, the state. */
 struct decode_plan {
-  int matrix;                   /* tiles on the matrix units */
-  int lanes;                    /* otherwise: threads that share one pair's key and value: 8, 16 or 32 */
-  int pairs;                    /* of a tile */
-  int key_pieces, value_pieces; /* of one key, of one value, the last filled up with zeros */
-  int columns;                  /* Dv rounded up to whole pieces */
+  int matrix;                         /* tiles on the matrix units */
+  int lanes;                          /* otherwise: threads that share one pair's key and value: 8, 16 or 32 */
+  int pairs;                          /* of a tile */
+  int key_pieces, value_pieces;       /* of one key, of one value, the last filled up with zeros */
+  int columns;                        /* Dv rounded up to whole pieces */
   int64_t window_tiles, sparse_tiles; /* per KV head; per set */
   int64_t items;                      /* blocks per (row, KV head) */
   int64_t slots;                      /* partials per query head */
@@ -46,7 +46,6 @@ struct decode_plan {
   int small_sizes;                 /* C, R and W fit 31 bits */
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
   int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
-  int state_ahead;                 /* stages under way: 2 or 4 */
   int weight_vector, weight_shift; /* the same for the feature map's weights */
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */

@@ -1,12 +1,12 @@
 /* A tile of 16-bit pairs on the matrix units (mma.sync, sm_80 and later): S = Q K^T, P = exp2(S - max), O = P V.
  *
- * A warp takes 16 pairs. Keys and values are the right-hand sides of the products; every lane copies the very pieces of
- * 16 bytes that it feeds them (cp.async, all at once) into a place of its own, so that nothing waits for the tile and no
- * bank conflicts. On the left are up to 8 query heads: rows 0-7 hold the 16-bit halves `hi` of q, or of P, rows 8-15
+ * A warp takes 32 pairs. Keys and values are the right-hand sides of the products; every lane copies the very pieces of
+ * 16 bytes that it feeds them (cp.async, all at once) into a place of its own, so that nothing waits for the tile and
+ * no bank conflicts. On the left are up to 8 query heads: rows 0-7 hold the 16-bit halves `hi` of q, or of P, rows 8-15
  * what rounding left over (zero for a q of the cache's type), so that one product sums both and no weight loses
  * precision. q is scaled after the product. The order of k and of columns in a product is free: lane (row, quad) =
- * (lane / 4, lane % 4) takes elements 32j + 8quad .. + 7 of keys row and row + 8, one piece for two products, and columns
- * 64j + 8row .. + 7 of values 2quad, 2quad + 1 and the two 8 later, of which column 8row + i goes to product i. */
+ * (lane / 4, lane % 4) takes elements 32j + 8quad .. + 7 of keys row, row + 8, ..., one piece for two products, and
+ * columns 64j + 8row .. + 7 of values 2quad, 2quad + 1, 2quad + 8, ..., of which column 8row + i goes to product i. */
 #ifndef LOLA_CUDA_DECODE_MATRIX_CUH
 #define LOLA_CUDA_DECODE_MATRIX_CUH
 
@@ -15,10 +15,13 @@
 
 namespace {
 
-constexpr int MATRIX_HEADS = 8;             /* query heads at a time */
-constexpr int WARP_PAIRS = 16;              /* pairs of a warp */
+constexpr int MATRIX_HEADS = 8;            /* query heads at a time */
+constexpr int WARP_PAIRS = 32;             /* pairs of a warp */
+constexpr int KEY_ROWS = WARP_PAIRS / 8;   /* keys that a lane holds a part of */
+constexpr int VALUE_ROWS = WARP_PAIRS / 4; /* values */
+constexpr int STEPS = WARP_PAIRS / 16;     /* products over all pairs */
 constexpr int MATRIX_PAIRS = WARPS * WARP_PAIRS;
-constexpr int SPAN = 128;                   /* elements of a key, of a value, that are there at a time */
+constexpr int SPAN = 128; /* elements of a key, of a value, that are there at a time */
 constexpr int KEY_PIECES = WARP_PAIRS * SPAN * 2 / PIECE / 32; /* of one lane; of the values as many */
 constexpr int WARP_BYTES = 2 * KEY_PIECES * 32 * PIECE;
 
@@ -39,36 +42,36 @@ template <typename T> __device__ __forceinline__ void split(float x, float y, un
   lo = pack<T>(x - rounded<T>(x), y - rounded<T>(y));
 }
 
-/* q of `heads` heads from `head` on, in the order in which the products read it. */
+/* Eight elements of q as halves and what they leave over. */
+struct query_chunk {
+  uint4 hi, lo;
+};
+
 template <typename T>
-__device__ __forceinline__ void stage_queries(const lola_device_segment &g, const decode_plan &plan,
-                                              const lola_device_span &span, int head, int heads, char *queries) {
-  constexpr int LANES = 16;
-  const int pitch = query_pitch(g.D), chunks = (g.D + 31) / 32 * 4;
-#pragma unroll 1
-  for (int h = threadIdx.x / LANES; h < heads; h += THREADS / LANES) {
-    const char *q = lola_device_at(g.q, span.batch, span.first, head + h);
-#pragma unroll 1
-    for (int chunk = threadIdx.x % LANES; chunk < chunks; chunk += LANES) {
-      uint4 hi = make_uint4(0, 0, 0, 0), lo = hi;
-      if (chunk * 8 < g.D) {
-        if (plan.query_aligned) {
-          hi = *reinterpret_cast<const uint4 *>(q + chunk * PIECE);
-        } else {
-          float x[8];
-#pragma unroll
-          for (int e = 0; e < 8; e++) x[e] = lola_device_load(q, chunk * 8 + e, g.q.dtype);
-          split<T>(x[0], x[1], hi.x, lo.x);
-          split<T>(x[2], x[3], hi.y, lo.y);
-          split<T>(x[4], x[5], hi.z, lo.z);
-          split<T>(x[6], x[7], hi.w, lo.w);
-        }
-      }
-      uint4 *to = reinterpret_cast<uint4 *>(queries + h * pitch + chunk * 2 * PIECE);
-      to[0] = make_uint4(hi.x, lo.x, hi.y, lo.y);
-      to[1] = make_uint4(hi.z, lo.z, hi.w, lo.w);
-    }
+__device__ __forceinline__ query_chunk load_query(const lola_device_segment &g, const decode_plan &plan,
+                                                  const lola_device_span &span, int head, int chunk) {
+  query_chunk c = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+  if (chunk * 8 >= g.D) return c;
+  const char *q = lola_device_at(g.q, span.batch, span.first, head);
+  if (plan.query_aligned) {
+    c.hi = *reinterpret_cast<const uint4 *>(q + chunk * PIECE);
+    return c;
   }
+  float x[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) x[e] = lola_device_load(q, chunk * 8 + e, g.q.dtype);
+  split<T>(x[0], x[1], c.hi.x, c.lo.x);
+  split<T>(x[2], x[3], c.hi.y, c.lo.y);
+  split<T>(x[4], x[5], c.hi.z, c.lo.z);
+  split<T>(x[6], x[7], c.hi.w, c.lo.w);
+  return c;
+}
+
+/* In the order in which the products read it. */
+__device__ __forceinline__ void store_query(const query_chunk &c, char *query, int chunk) {
+  uint4 *to = reinterpret_cast<uint4 *>(query + chunk * 2 * PIECE);
+  to[0] = make_uint4(c.hi.x, c.lo.x, c.hi.y, c.lo.y);
+  to[1] = make_uint4(c.hi.z, c.lo.z, c.hi.w, c.lo.w);
 }
 
 /* The call's key and value, into shared memory and into their ring slot. */
@@ -87,8 +90,8 @@ __device__ __forceinline__ void stage_newest(const lola_device_segment &g, const
   }
 }
 
-/* Piece n of a lane: key row + 8 (n / 4), elements 32 (n % 4) + 8 quad on; the same for values from KEY_PIECES on, of
- * value 2 quad + n / 2 % 2 + n / 4 * 8, elements 64 (n % 2) + 8 row on. */
+/* Piece n of a lane: of key row + 8 (n / 4), elements 32 (n % 4) + 8 quad on; from KEY_PIECES on, as many of values:
+ * of value 2 quad + n / 2 % 2 + n / 4 * 8, elements 64 (n % 2) + 8 row on. */
 __device__ __forceinline__ char *piece_place(char *shared, int n) {
   return shared + threadIdx.x / 32 * WARP_BYTES + n * 32 * PIECE + threadIdx.x % 32 * PIECE;
 }
@@ -104,13 +107,12 @@ __device__ __forceinline__ void ask_keys(const lola_device_segment &g, const til
                                          char *shared) {
   const int at = first + threadIdx.x % 4 * 8;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < KEY_ROWS; i++) {
     const int pair = key_pair(i);
     const bool there = pair < from.count && pair != from.newest;
     const char *key = from.keys + (there ? slot_of(from, pair) : 0) * g.D * 2 + at * 2;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      copy_or_zero(piece_place(shared, i * 4 + j), key + 64 * j, there && at + 32 * j < g.D);
+    for (int j = 0; j < 4; j++) copy_or_zero(piece_place(shared, i * 4 + j), key + 64 * j, there && at + 32 * j < g.D);
   }
   copies_end_group();
 }
@@ -119,7 +121,7 @@ __device__ __forceinline__ void ask_values(const lola_device_segment &g, const t
                                            char *shared) {
   const int at = first + threadIdx.x % 32 / 4 * 8;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < VALUE_ROWS; i++) {
     const int pair = value_pair(i);
     const bool there = pair < from.count && pair != from.newest;
     const char *value = from.values + (there ? slot_of(from, pair) : 0) * g.Dv * 2 + at * 2;
@@ -151,26 +153,25 @@ __device__ __forceinline__ void put_newest_value(const lola_device_segment &g, c
           *reinterpret_cast<const uint4 *>(newest + (g.D + at + n % 2 * 64) * 2);
 }
 
-/* Columns 64 j + 16 quad .. + 15 of this lane's head: P V, from the values' column block in registers. */
+/* Columns 64 j + 16 quad .. + 15 of this lane's head: P V, from the values' pieces in registers. */
 template <typename T>
-__device__ __forceinline__ void weigh_values(const unsigned (&p)[4], const uint4 (&v)[4][2], int j, float (&o)[16]) {
-  const unsigned words[4][4] = {{v[0][j].x, v[0][j].y, v[0][j].z, v[0][j].w},
-                                {v[1][j].x, v[1][j].y, v[1][j].z, v[1][j].w},
-                                {v[2][j].x, v[2][j].y, v[2][j].z, v[2][j].w},
-                                {v[3][j].x, v[3][j].y, v[3][j].z, v[3][j].w}};
+__device__ __forceinline__ void weigh_values(const unsigned (&p)[STEPS][4], const unsigned (&v)[VALUE_ROWS][2][4],
+                                             int j, float (&o)[16]) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const unsigned halves = i % 2 ? 0x7632 : 0x5410;
     float c[4] = {0, 0, 0, 0};
-    mma<T>(c, p, __byte_perm(words[0][i / 2], words[1][i / 2], halves),
-           __byte_perm(words[2][i / 2], words[3][i / 2], halves));
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+      mma<T>(c, p[k], __byte_perm(v[4 * k][j][i / 2], v[4 * k + 1][j][i / 2], halves),
+             __byte_perm(v[4 * k + 2][j][i / 2], v[4 * k + 3][j][i / 2], halves));
     o[i] = c[0] + c[2];
     o[8 + i] = c[1] + c[3];
   }
 }
 
-/* A tile for query heads head .. head + heads - 1; a partial each. LONG: keys or values have more than SPAN elements, or
- * there are more than MATRIX_HEADS heads; then what does not stay in registers is loaded again. */
+/* A tile for query heads head .. head + heads - 1; a partial each. LONG: keys or values have more than SPAN elements,
+ * or there are more than MATRIX_HEADS heads; then what does not stay in registers is loaded again. */
 template <typename T, bool LONG>
 __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, const decode_plan &plan,
                                               const lola_device_span &span, const tile_source &from, int head,
@@ -182,9 +183,22 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
   const int pitch = merge_pitch(g.Dv), warp_step = LONG ? MATRIX_HEADS * pitch : WARP_BYTES / 4;
   const bool has_newest = from.newest >= 0 && from.newest / WARP_PAIRS == warp;
 
+  /* The first q is under way before the copies, which it would have to wait for; up to MATRIX_HEADS heads of SPAN
+   * elements it is all. */
+  constexpr int LANES = SPAN / 8;
+  const int chunks = (g.D + 31) / 32 * 4, own_head = threadIdx.x / LANES, own_chunk = threadIdx.x % LANES;
+  static_assert(THREADS / LANES == MATRIX_HEADS, "a thread has a chunk of q");
+  const bool has_query = own_head < heads && own_chunk < chunks;
+  query_chunk own = {};
+  if (has_query) own = load_query<T>(g, plan, span, head + own_head, own_chunk);
   ask_keys(g, from, 0, shared);
   ask_values(g, from, 0, shared);
-  stage_queries<T>(g, plan, span, head, heads, queries);
+  if (has_query) store_query(own, queries + own_head * query_pitch(g.D), own_chunk);
+#pragma unroll 1
+  for (int h = own_head; LONG && h < heads; h += MATRIX_HEADS)
+#pragma unroll 1
+    for (int chunk = h == own_head ? own_chunk + LANES : own_chunk; chunk < chunks; chunk += LANES)
+      store_query(load_query<T>(g, plan, span, head + h, chunk), queries + h * query_pitch(g.D), chunk);
   if (from.newest >= 0) stage_newest<T>(g, from, newest);
   __syncthreads();
 
@@ -193,7 +207,7 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
     if (first) __syncthreads(); /* the last heads' sums were read */
     const int left = min(heads - first, MATRIX_HEADS);
 
-    float s[2][4] = {};
+    float s[KEY_ROWS][4] = {};
     /* Rows without a head repeat the last one; nobody reads their sums. */
     const char *query = queries + (first + min(row, left - 1)) * query_pitch(g.D) + quad * 2 * PIECE;
 #pragma unroll 1
@@ -212,7 +226,7 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
         const uint4 q0 = q[0], q1 = q[1];
         const unsigned a0[4] = {q0.x, q0.y, q0.z, q0.w}, a1[4] = {q1.x, q1.y, q1.z, q1.w};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < KEY_ROWS; i++) {
           const uint4 k = *reinterpret_cast<const uint4 *>(piece_place(shared, i * 4 + j));
           mma<T>(s[i], a0, k.x, k.y);
           mma<T>(s[i], a1, k.z, k.w);
@@ -220,10 +234,10 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
       }
     }
 
-    /* Of head `row`: logits in base 2 of pairs 2quad, 2quad + 1 and the two 8 later. */
-    float high = -INFINITY, sum = 0, weight[2][2];
+    /* Of head `row`: logits in base 2 of pairs 2quad, 2quad + 1 and those 8, 16, 24 later. */
+    float high = -INFINITY, sum = 0, weight[KEY_ROWS][2];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < KEY_ROWS; i++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const float logit = (s[i][e] + s[i][2 + e]) * (g.scale * LOG2E);
@@ -234,12 +248,12 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
     high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
     /* A warp without a pair keeps -inf; the lowest float stands in so that -inf - it stays -inf. */
     const float shift = fmaxf(high, -3e38f);
-    unsigned p[4];
+    unsigned p[STEPS][4];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < KEY_ROWS; i++) {
       const float x = power_of_two(weight[i][0] - shift), y = power_of_two(weight[i][1] - shift);
       sum += x + y;
-      split<T>(x, y, p[2 * i], p[2 * i + 1]);
+      split<T>(x, y, p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
     }
     sum += __shfl_xor_sync(ALL, sum, 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
@@ -251,10 +265,15 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
       if (LONG && (column || first)) ask_values(g, from, column, shared);
       copies_wait<0>();
       if (has_newest) put_newest_value(g, from, column, newest, shared);
-      uint4 v[4][2];
+      unsigned v[VALUE_ROWS][2][4];
 #pragma unroll
-      for (int n = 0; n < KEY_PIECES; n++)
-        v[n / 2][n % 2] = *reinterpret_cast<const uint4 *>(piece_place(shared, KEY_PIECES + n));
+      for (int n = 0; n < KEY_PIECES; n++) {
+        const uint4 piece = *reinterpret_cast<const uint4 *>(piece_place(shared, KEY_PIECES + n));
+        v[n / 2][n % 2][0] = piece.x;
+        v[n / 2][n % 2][1] = piece.y;
+        v[n / 2][n % 2][2] = piece.z;
+        v[n / 2][n % 2][3] = piece.w;
+      }
       __syncwarp(); /* unless LONG, the sums take the pairs' place */
 #pragma unroll
       for (int j = 0; j < 2; j++) {

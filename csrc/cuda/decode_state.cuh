@@ -1,8 +1,9 @@
 /* A query head's hidden state: phi(q), N = phi(q)^T H and z = phi(q)^T s.
  *
- * H (F x Dv float32) is asked for first (cp.async), then the feature map's weights (D x M, into registers), then q; a
- * thread multiplies the very pieces of H that it copied. `even` states, where a pass of the block over H is one run of
- * memory (Dv = 32, 64 or 128), go in stages of PASSES passes at fixed offsets; others piece by piece. */
+ * q and the feature map's weights (D x M, into registers) are asked for first, since H (F x Dv float32, cp.async) waits
+ * for phi(q) anyway and hides its making; a thread multiplies the very pieces of H that it copied. `even` states, where
+ * a pass of the block over H is one run of memory (Dv = 32, 64 or 128), go in stages of PASSES passes at fixed offsets;
+ * others piece by piece. */
 #ifndef LOLA_CUDA_DECODE_STATE_CUH
 #define LOLA_CUDA_DECODE_STATE_CUH
 
@@ -10,8 +11,9 @@
 
 namespace {
 
-constexpr int DEPTH = 16;  /* pieces of H that one thread has under way, when it is not even */
-constexpr int PASSES = 8;  /* pieces of H of one thread and stage */
+constexpr int DEPTH = 16; /* pieces of H that one thread has under way, when it is not even */
+constexpr int PASSES = 8; /* pieces of H of one thread and stage */
+constexpr int AHEAD = 4;  /* stages under way */
 constexpr int STAGE_FLOATS = PASSES * THREADS * 4;
 constexpr float FEATURE_FLOOR = 1e-12f;
 
@@ -41,12 +43,24 @@ struct projection {
   }
 };
 
-/* x W, W (D, M), into `parts`. `stage` writes x; it is called once the first weights are on their way. The block waits
- * for the result. */
+template <int VECTOR> __device__ __forceinline__ void load_weights(const float *from, float (&w)[VECTOR]) {
+  if constexpr (VECTOR == 4) {
+    const float4 v = __ldcg(reinterpret_cast<const float4 *>(from));
+    w[0] = v.x;
+    w[1] = v.y;
+    w[2] = v.z;
+    w[3] = v.w;
+  } else {
+    w[0] = __ldcg(from);
+  }
+}
+
+/* x W, W (D, M), into `parts`; weights are read past L1, they would crowd out what is under way. `stage` writes x; it
+ * is called once the first weights are on their way. The block waits for the result. */
 template <int VECTOR, class Stage>
 __device__ __forceinline__ projection project(const float *weights, int D, int M, int shift, const float *x,
                                               float *parts, Stage stage) {
-  constexpr int AHEAD = 16;
+  constexpr int ROWS_AHEAD = 16;
   const int groups = THREADS >> shift, lane = threadIdx.x & ((1 << shift) - 1), group = threadIdx.x >> shift;
   const int block = VECTOR << shift;
   bool staged = false;
@@ -55,14 +69,14 @@ __device__ __forceinline__ projection project(const float *weights, int D, int M
     const int column = first + lane * VECTOR;
     float sum[VECTOR] = {};
 #pragma unroll 1
-    for (int d = group; d - group < D; d += AHEAD * groups) {
-      float w[AHEAD][VECTOR];
+    for (int d = group; d - group < D; d += ROWS_AHEAD * groups) {
+      float w[ROWS_AHEAD][VECTOR];
       const float *row = weights + static_cast<int64_t>(d) * M + column;
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++, row += groups * M) {
+      for (int i = 0; i < ROWS_AHEAD; i++, row += groups * M) {
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) w[i][e] = 0;
-        if (d + i * groups < D && column < M) load_floats<VECTOR>(row, w[i]);
+        if (d + i * groups < D && column < M) load_weights<VECTOR>(row, w[i]);
       }
       if (!staged) {
         stage();
@@ -70,7 +84,7 @@ __device__ __forceinline__ projection project(const float *weights, int D, int M
       }
       staged = true;
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
+      for (int i = 0; i < ROWS_AHEAD; i++) {
         const float factor = d + i * groups < D ? x[d + i * groups] : 0;
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(factor, w[i][e], sum[e]);
@@ -111,13 +125,16 @@ __host__ __device__ __forceinline__ bool is_hedgehog(const lola_feature_map &map
   return map.kind == LOLA_MAP_HEDGEHOG || map.kind == LOLA_MAP_HEDGEHOG_EXP;
 }
 
-/* phi(q) into shared memory. The block waits for it before it goes on. */
+/* phi(q) into shared memory; `ask` asks for H, once what phi needs is on its way. The block waits for phi before it
+ * goes on. */
+template <class Ask>
 __device__ __forceinline__ void query_features(const lola_device_segment &g, const decode_plan &plan,
-                                               const lola_device_span &span, int head, char *shared) {
+                                               const lola_device_span &span, int head, char *shared, Ask ask) {
   float *x = reinterpret_cast<float *>(shared + plan.x_at);
   float *phi = reinterpret_cast<float *>(shared + plan.phi_at);
   const bool round = g.dtype != LOLA_FLOAT32;
   if (g.stores_features) {
+    ask();
     const char *given = lola_device_at(g.q_features, span.batch, span.first, head);
 #pragma unroll 1
     for (int f = threadIdx.x; f < g.F; f += THREADS) {
@@ -127,10 +144,13 @@ __device__ __forceinline__ void query_features(const lola_device_segment &g, con
     __syncthreads();
     return;
   }
+  const char *q = lola_device_at(g.q, span.batch, span.first, head);
+  const float first = threadIdx.x < g.D ? lola_device_load(q, threadIdx.x, g.q.dtype) : 0;
   const auto stage = [&] {
-    const char *q = lola_device_at(g.q, span.batch, span.first, head);
+    ask();
+    if (threadIdx.x < g.D) x[threadIdx.x] = first;
 #pragma unroll 1
-    for (int d = threadIdx.x; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
+    for (int d = threadIdx.x + THREADS; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
   };
   const bool hedgehog = is_hedgehog(g.map), projects = hedgehog || (g.map.kind == LOLA_MAP_RELU && g.map.w_q);
   const int M = hedgehog ? g.F / 2 : g.F;
@@ -162,7 +182,7 @@ __device__ __forceinline__ void query_features(const lola_device_segment &g, con
 
 /* --- an even state ------------------------------------------------------------------------------------ */
 
-/* Asks for a stage of H; the ring has room for `ahead` of them. */
+/* Asks for a stage of H; the ring has room for AHEAD of them. */
 __device__ __forceinline__ void ask_stage(const float *hidden, int stage, int slot, char *shared) {
   const float *from = hidden + static_cast<int64_t>(stage) * STAGE_FLOATS + threadIdx.x * 4;
   float *to = reinterpret_cast<float *>(shared) + slot * STAGE_FLOATS + threadIdx.x * 4;
@@ -172,7 +192,7 @@ __device__ __forceinline__ void ask_stage(const float *hidden, int stage, int sl
 
 __device__ __forceinline__ void begin_even(const float *hidden, const decode_plan &plan, char *shared) {
 #pragma unroll 1
-  for (int i = 0; i < plan.state_ahead; i++) {
+  for (int i = 0; i < AHEAD; i++) {
     if (i < plan.state_stages) ask_stage(hidden, i, i, shared);
     copies_end_group();
   }
@@ -186,10 +206,7 @@ __device__ __forceinline__ void recall_even(const float *hidden, const decode_pl
   phi += group;
 #pragma unroll 1
   for (int stage = 0; stage < plan.state_stages; stage++) {
-    if (plan.state_ahead == 4)
-      copies_wait<3>();
-    else
-      copies_wait<1>();
+    copies_wait<AHEAD - 1>();
     const float *from = reinterpret_cast<const float *>(shared) + slot * STAGE_FLOATS + threadIdx.x * 4;
 #pragma unroll
     for (int i = 0; i < PASSES; i++, phi += groups) {
@@ -198,9 +215,9 @@ __device__ __forceinline__ void recall_even(const float *hidden, const decode_pl
 #pragma unroll
       for (int e = 0; e < 4; e++) sum[e] = fmaf(*phi, x[e], sum[e]);
     }
-    if (stage + plan.state_ahead < plan.state_stages) ask_stage(hidden, stage + plan.state_ahead, slot, shared);
+    if (stage + AHEAD < plan.state_stages) ask_stage(hidden, stage + AHEAD, slot, shared);
     copies_end_group();
-    slot = slot + 1 == plan.state_ahead ? 0 : slot + 1;
+    slot = (slot + 1) % AHEAD;
   }
 }
 
@@ -288,7 +305,6 @@ __device__ __forceinline__ void recall_walk(state_walk walk, const decode_plan &
 }
 
 /* N and z into the head's partial; the call's own features of the token into the ring. */
-template <bool EVEN>
 __device__ __forceinline__ void state_item(const lola_device_segment &g, const decode_plan &plan,
                                            const lola_device_span &span, int64_t state, int head, bool folded,
                                            char *shared, float *partial) {
@@ -296,8 +312,8 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
   if (g.stores_features) {
     const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
     const char *from = lola_device_at(g.k_features, span.batch, span.first, head);
-    char *to = static_cast<char *>(g.window_features) +
-               (state * g.R + span.position % g.R) * F * lola_device_item(type);
+    char *to =
+        static_cast<char *>(g.window_features) + (state * g.R + span.position % g.R) * F * lola_device_item(type);
 #pragma unroll 1
     for (int f = threadIdx.x; f < F; f += THREADS)
       lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
@@ -308,32 +324,31 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
   }
   const float *hidden = g.hidden + state * F * Dv, *normalizer = g.normalizer + state * F;
   state_walk walk = {};
-  if constexpr (EVEN)
-    begin_even(hidden, plan, shared);
-  else if (plan.state_vector == 4)
-    walk = begin_walk<4>(hidden, plan, F, Dv, shared);
-  else
-    walk = begin_walk<1>(hidden, plan, F, Dv, shared);
-  const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
-
-  query_features(g, plan, span, head, shared);
+  query_features(g, plan, span, head, shared, [&] {
+    if (plan.state_stages)
+      begin_even(hidden, plan, shared);
+    else if (plan.state_vector == 4)
+      walk = begin_walk<4>(hidden, plan, F, Dv, shared);
+    else
+      walk = begin_walk<1>(hidden, plan, F, Dv, shared);
+  });
 
   float *reduce = reinterpret_cast<float *>(shared + plan.reduce_at), *reduce_z = reduce + THREADS * 4;
   const float *phi = reinterpret_cast<const float *>(shared + plan.phi_at);
+  const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
+  float sum[4] = {};
+  if (plan.state_stages) recall_even(hidden, plan, phi, shared, sum);
   float z = threadIdx.x < F ? phi[threadIdx.x] * first_s : 0;
 #pragma unroll 1
   for (int f = threadIdx.x + THREADS; f < F; f += THREADS) z = fmaf(phi[f], normalizer[f], z);
   z = warp_sum(z);
   if (threadIdx.x % 32 == 0) reduce_z[threadIdx.x / 32] = z;
-  if constexpr (EVEN) {
-    float sum[4] = {};
-    recall_even(hidden, plan, phi, shared, sum);
+  if (plan.state_stages)
     write_sums<4>(plan, 0, Dv, sum, reduce, reduce_z, partial);
-  } else if (plan.state_vector == 4) {
+  else if (plan.state_vector == 4)
     recall_walk<4>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
-  } else {
+  else
     recall_walk<1>(walk, plan, F, Dv, phi, reduce, reduce_z, partial);
-  }
 }
 
 } // namespace

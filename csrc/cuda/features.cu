@@ -16,7 +16,8 @@
 namespace {
 
 constexpr float FEATURE_FLOOR = 1e-12f;
-constexpr int TENSOR_THREADS = 128, PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8;
+constexpr int TENSOR_WARPS = 8, TENSOR_THREADS = 32 * TENSOR_WARPS, TENSOR_ROWS = 16 * TENSOR_WARPS,
+              PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8;
 constexpr int RESERVED_SHARED = 8192; /* for static shared memory */
 constexpr int KNOWN_ROWS = 512;       /* cache rows whose need is looked up once per block */
 
@@ -35,7 +36,7 @@ struct feature_job {
   int64_t row_tiles[3];     /* tiles per cache row (SLOTS, RING) or in all */
   int64_t tiles, per_tile;  /* in all for one head; rows per tile */
   int vector_x, vector_out; /* 16-byte loads and stores are possible */
-  unsigned identity;        /* LOLA_IDENTITY */
+  int stages;               /* tiles of x in shared memory on the matrix units */
 };
 
 struct feature_tile {
@@ -44,8 +45,8 @@ struct feature_tile {
 };
 
 struct tile_shared {
-  const char *from[128];
-  char *to[128];
+  const char *from[TENSOR_ROWS];
+  char *to[TENSOR_ROWS];
 };
 
 __device__ feature_tile tile_at(const feature_job &job, int64_t index) {
@@ -201,12 +202,9 @@ __device__ float quad_sum(float x) {
 /* 8 neighbouring features. */
 __device__ void store_chunk(const feature_job &job, char *to, int column, const float *y) {
   if (job.target == LOLA_BFLOAT16) {
-    uint4 packed;
-    packed.x = lola_pack(__float2bfloat16_rn(y[0]), __float2bfloat16_rn(y[1]));
-    packed.y = lola_pack(__float2bfloat16_rn(y[2]), __float2bfloat16_rn(y[3]));
-    packed.z = lola_pack(__float2bfloat16_rn(y[4]), __float2bfloat16_rn(y[5]));
-    packed.w = lola_pack(__float2bfloat16_rn(y[6]), __float2bfloat16_rn(y[7]));
-    *reinterpret_cast<uint4 *>(to + static_cast<int64_t>(column) * 2) = packed;
+    *reinterpret_cast<uint4 *>(to + static_cast<int64_t>(column) * 2) =
+        make_uint4(lola_round_pair(y[0], y[1]), lola_round_pair(y[2], y[3]), lola_round_pair(y[4], y[5]),
+                   lola_round_pair(y[6], y[7]));
     return;
   }
   float *out = reinterpret_cast<float *>(to) + column;
@@ -225,10 +223,11 @@ __device__ void store_chunk(const feature_job &job, char *to, int column, const 
 /* A head's weights (D, M) transposed into two halves of padded columns. */
 template <int COLUMNS>
 __device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloat16 *hi, __nv_bfloat16 *lo) {
+#pragma unroll 8
   for (int i = threadIdx.x; i < COLUMNS * (pitch / 2); i += TENSOR_THREADS) {
     int m = i % COLUMNS, k = i / COLUMNS * 2;
-    float x = m < M && k < D ? w[static_cast<int64_t>(k) * M + m] : 0;
-    float y = m < M && k + 1 < D ? w[static_cast<int64_t>(k + 1) * M + m] : 0;
+    float x = m < M && k < D ? __ldg(w + static_cast<int64_t>(k) * M + m) : 0;
+    float y = m < M && k + 1 < D ? __ldg(w + static_cast<int64_t>(k + 1) * M + m) : 0;
     unsigned h, l;
     lola_split_pair(x, y, &h, &l);
     int at = lola_swizzled(lola_column_row(m), k, pitch);
@@ -237,29 +236,27 @@ __device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloa
   }
 }
 
-/* Elements 8 c .. 8 c + 7 of row `from` behind element k, zero past D. */
-__device__ uint4 load_chunk(const feature_job &job, const char *from, int k) {
-  uint4 chunk = make_uint4(0, 0, 0, 0);
-  if (!from || k >= job.g.D) return chunk;
-  const uint16_t *x = reinterpret_cast<const uint16_t *>(from) + k;
-  if (job.vector_x) return *reinterpret_cast<const uint4 *>(x);
-  chunk.x = x[0] | static_cast<unsigned>(x[1]) << 16;
-  chunk.y = x[2] | static_cast<unsigned>(x[3]) << 16;
-  chunk.z = x[4] | static_cast<unsigned>(x[5]) << 16;
-  chunk.w = x[6] | static_cast<unsigned>(x[7]) << 16;
-  return chunk;
-}
-
-__device__ void split_half_chunk(const uint4 &x, uint4 *hi, uint4 *lo) {
-  const unsigned in[4] = {x.x, x.y, x.z, x.w};
-  unsigned h[4], l[4];
+/* Begins to read the warp's 16 rows of a tile into (16, pitch) swizzled; rows that nothing needs are zero. */
+__device__ void fetch_rows(const feature_job &job, const tile_shared &table, int pitch, __nv_bfloat16 *x) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float2 pair = lola_widen<__half>(in[i]);
-    lola_split_pair(pair.x, pair.y, &h[i], &l[i]);
+  for (int i = 0; i < 16; i += 2) {
+    const int row = i + lane / 16;
+    const char *from = table.from[16 * warp + row];
+    for (int k = lane % 16 * 8; k < job.g.D; k += 128) {
+      __nv_bfloat16 *to = x + lola_swizzled(row, k, pitch);
+      if (from && job.vector_x) {
+        lola_copy_async(to, from + static_cast<int64_t>(k) * 2);
+        continue;
+      }
+      unsigned pairs[4] = {0, 0, 0, 0};
+      const uint16_t *e = reinterpret_cast<const uint16_t *>(from) + k;
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        if (from) pairs[j] = e[2 * j] | static_cast<unsigned>(e[2 * j + 1]) << 16;
+      *reinterpret_cast<uint4 *>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
   }
-  *hi = make_uint4(h[0], h[1], h[2], h[3]);
-  *lo = make_uint4(l[0], l[1], l[2], l[3]);
 }
 
 /* phi of one row whose projection lies in `acc`, 32 columns to each 4 products; `half` picks the fragment's rows. */
@@ -288,18 +285,21 @@ __device__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][
   const float shift[2] = {quad_max(high), -quad_max(-low)};
 #pragma unroll
   for (int sign = 0; sign < 2; sign++) {
+    constexpr float LOG2E = 1.44269504f;
+    const float factor = sign ? -LOG2E : LOG2E;
     float e[PRODUCTS * 2], sum = 0;
 #pragma unroll
     for (int n = 0; n < PRODUCTS; n++) {
+      float both = 0;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float x = acc[n][2 * half + i];
-        e[2 * n + i] = expf(sign ? shift[1] - x : x - shift[0]);
-        if (32 * (n / 4) + 8 * c < M) sum += e[2 * n + i];
+        e[2 * n + i] = lola_power_of_two((acc[n][2 * half + i] - shift[sign]) * factor);
+        both += e[2 * n + i];
       }
+      if (32 * (n / 4) + 8 * c < M) sum += both;
     }
     sum = quad_sum(sum);
-    const float scale = job.g.map.kind == LOLA_MAP_HEDGEHOG ? 1 / sum : 1;
+    const float scale = job.g.map.kind == LOLA_MAP_HEDGEHOG ? lola_reciprocal(sum) : 1;
 #pragma unroll
     for (int q = 0; q < PRODUCTS / 4; q++) {
       int column = 32 * q + 8 * c;
@@ -310,80 +310,114 @@ __device__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][
   }
 }
 
-/* PRODUCTS * 8 columns at most, a multiple of 32; a warp takes TILES * 16 rows. */
-template <typename T, int PRODUCTS, int TILES>
-__global__ void __launch_bounds__(TENSOR_THREADS) tensor_kernel(const __grid_constant__ feature_job job) {
-  constexpr bool HALF = sizeof(T) == 2 && !__is_same(T, __nv_bfloat16);
+/* The warp's 16 rows of x times the weights, PRODUCTS * 8 columns at most. */
+template <typename T, int PRODUCTS>
+__device__ void project(const __nv_bfloat16 *x, const __nv_bfloat16 *hi, const __nv_bfloat16 *lo, int D, int M,
+                        int pitch, float (&acc)[PRODUCTS][4]) {
+  constexpr bool HALF = __is_same(T, __half);
+  /* Left: matrices (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1); right: (rows 0-7, 0), (0-7, 1), (8-15, 0), ..
+   */
+  const int lane = threadIdx.x % 32, r = lane % 8, matrix = lane / 8;
+  const int left_row = r + (matrix & 1) * 8, right_row = r + (matrix >> 1) * 8;
+#pragma unroll
+  for (int n = 0; n < PRODUCTS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) acc[n][e] = 0;
+#pragma unroll 2
+  for (int k = 0; k < D; k += 16) {
+    unsigned a[4], rest[4];
+    lola_load_rows(a, x + lola_swizzled(left_row, k + (matrix >> 1) * 8, pitch));
+    if constexpr (HALF) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 pair = lola_widen<__half>(a[e]);
+        lola_split_pair(pair.x, pair.y, &a[e], &rest[e]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < PRODUCTS; n += 2) {
+      if (32 * (n / 4) >= M) break;
+      const int at = lola_swizzled(8 * n + right_row, k + (matrix & 1) * 8, pitch);
+      unsigned high[4], low[4];
+      lola_load_rows(high, hi + at);
+      lola_load_rows(low, lo + at);
+#pragma unroll
+      for (int two = 0; two < 2; two++) {
+        lola_mma(acc[n + two], a[0], a[1], a[2], a[3], high[2 * two], high[2 * two + 1]);
+        if constexpr (HALF)
+          lola_mma(acc[n + two], rest[0], rest[1], rest[2], rest[3], high[2 * two], high[2 * two + 1]);
+      }
+#pragma unroll
+      for (int two = 0; two < 2; two++) lola_mma(acc[n + two], a[0], a[1], a[2], a[3], low[2 * two], low[2 * two + 1]);
+    }
+  }
+}
+
+/* Tiles of 128 rows in turn, 16 to a warp, which reads those of the next tile (with two stages) before it works on this
+ * one's. */
+template <typename T, int PRODUCTS>
+__global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
+    tensor_kernel(const __grid_constant__ feature_job job) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ tile_shared table;
+  __shared__ tile_shared table[2];
   __shared__ uint8_t folds[KNOWN_ROWS];
   const lola_device_segment &g = job.g;
   const int pitch = lola_padded(g.D, 64), M = g.map.kind == LOLA_MAP_RELU ? g.F : g.F / 2;
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
+  __nv_bfloat16 *x = lo + (PRODUCTS * 8 + 16 * warp) * pitch;
   if (!look_up_rows(job, folds)) return;
   const int64_t total = job.tiles * g.Hq;
-  const int64_t begin = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
-  int head = -1, hint = 0;
-  for (int64_t index = begin; index < end; index++) {
-    const feature_tile tile = tile_at(job, index);
-    if (skipped(tile, folds)) continue;
-    __syncthreads(); /* the last tile's table and weights were read */
-    lola_dtype unused = LOLA_FLOAT32;
-    if (!resolve_tile(job, tile, &hint, &table, &unused)) continue;
+  int64_t index = total * blockIdx.x / gridDim.x;
+  const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
+  int head = -1, hint = 0, now = 0;
+  /* The next tile with work, its rows in the table. */
+  const auto seek = [&](tile_shared *to, feature_tile *tile) {
+    while (index < end) {
+      *tile = tile_at(job, index++);
+      if (skipped(*tile, folds)) continue;
+      __syncthreads(); /* the table was read */
+      lola_dtype unused = LOLA_FLOAT32;
+      if (resolve_tile(job, *tile, &hint, to, &unused)) return true;
+    }
+    return false;
+  };
+  const auto stage = [&](int which) { return x + (job.stages == 2 ? which * TENSOR_ROWS * pitch : 0); };
+  for (int which = 0; g.D % 64 && which < job.stages; which++) /* behind the rows' ends */
+    for (int i = lane; i < 16 * pitch; i += 32) stage(which)[i] = __float2bfloat16_rn(0);
+  __syncwarp();
+  feature_tile tile, next;
+  bool more = seek(&table[0], &tile);
+  if (!more) return;
+  fetch_rows(job, table[0], pitch, stage(0));
+  lola_copy_commit();
+  while (more) {
+    more = seek(&table[now ^ 1], &next);
+    if (more && job.stages == 2) fetch_rows(job, table[now ^ 1], pitch, stage(now ^ 1));
+    lola_copy_commit();
     if (tile.head != head) {
       head = tile.head;
       const float *w = job.side_key ? g.map.w_k : g.map.w_q;
+      __syncthreads(); /* the last head's weights were read */
       load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
       __syncthreads();
     }
-    const char *from[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) from[i][half] = table.from[(warp * TILES + i) * 16 + half * 8 + group];
-    float acc[TILES][PRODUCTS][4] = {};
-    uint4 next[TILES][2];
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) next[i][half] = load_chunk(job, from[i][half], 8 * c);
-    for (int k = 0; k < g.D; k += 32) {
-      lola_fragment x[TILES], rest[TILES];
-#pragma unroll
-      for (int i = 0; i < TILES; i++) {
-        if (HALF) {
-          uint4 high[2], low[2];
-          split_half_chunk(next[i][0], &high[0], &low[0]);
-          split_half_chunk(next[i][1], &high[1], &low[1]);
-          x[i] = lola_fragment_of(high[0], high[1], job.identity);
-          rest[i] = lola_fragment_of(low[0], low[1], job.identity);
-        } else {
-          x[i] = lola_fragment_of(next[i][0], next[i][1], job.identity);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) next[i][half] = load_chunk(job, from[i][half], k + 32 + 8 * c);
-      }
-#pragma unroll
-      for (int n = 0; n < PRODUCTS; n++) {
-        if (32 * (n / 4) >= M) break;
-        const int at = lola_swizzled(8 * n + group, k + 8 * c, pitch);
-        const uint4 b_hi = *reinterpret_cast<const uint4 *>(hi + at), b_lo = *reinterpret_cast<const uint4 *>(lo + at);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-          lola_mma_chunk(acc[i][n], x[i], b_hi);
-          lola_mma_chunk(acc[i][n], x[i], b_lo);
-          if (HALF) lola_mma_chunk(acc[i][n], rest[i], b_hi);
-        }
-      }
+    lola_copy_wait<1>();
+    __syncwarp();
+    float acc[PRODUCTS][4];
+    project<T, PRODUCTS>(stage(now), hi, lo, g.D, M, pitch, acc);
+    __syncwarp();
+    if (more && job.stages == 1) {
+      fetch_rows(job, table[now ^ 1], pitch, stage(0));
+      lola_copy_commit();
     }
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int at = (warp * TILES + i) * 16 + half * 8 + group;
-        finish_row<PRODUCTS>(job, acc[i], half, M, c, from[i][half] ? table.to[at] : nullptr);
-      }
+    for (int half = 0; half < 2; half++) {
+      const int at = 16 * warp + half * 8 + group;
+      finish_row<PRODUCTS>(job, acc, half, M, c, table[now].from[at] ? table[now].to[at] : nullptr);
+    }
+    tile = next;
+    now ^= 1;
   }
 }
 
@@ -513,11 +547,16 @@ __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const __grid_const
 
 /* --- launches --------------------------------------------------------------------------------------------------- */
 
-template <typename T, int PRODUCTS, int TILES>
+/* Shared memory of the matrix units' kernel for `columns` padded columns. */
+int64_t tensor_bytes(int64_t D, int64_t columns, int64_t stages) {
+  return (2 * columns + stages * TENSOR_ROWS) * ((D + 63) / 64 * 64) * 2;
+}
+
+template <typename T, int PRODUCTS>
 lola_status launch_tensor(const feature_job &job, int blocks, int most_shared, cudaStream_t stream,
                           lola_message *message) {
-  const int bytes = 2 * PRODUCTS * 8 * lola_padded(job.g.D, 64) * 2;
-  auto kernel = tensor_kernel<T, PRODUCTS, TILES>;
+  const int bytes = static_cast<int>(tensor_bytes(job.g.D, PRODUCTS * 8, job.stages));
+  auto kernel = tensor_kernel<T, PRODUCTS>;
   if (bytes > 40 << 10) {
     lola_status status = lola_cuda_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared), "features", message);
@@ -530,9 +569,9 @@ lola_status launch_tensor(const feature_job &job, int blocks, int most_shared, c
 template <typename T>
 lola_status launch_tensor_of(const feature_job &job, int M, int blocks, int most_shared, cudaStream_t stream,
                              lola_message *message) {
-  if (M <= 32) return launch_tensor<T, 4, 2>(job, blocks, most_shared, stream, message);
-  if (M <= 64) return launch_tensor<T, 8, 2>(job, blocks, most_shared, stream, message);
-  return launch_tensor<T, 16, 1>(job, blocks, most_shared, stream, message);
+  if (M <= 32) return launch_tensor<T, 4>(job, blocks, most_shared, stream, message);
+  if (M <= 64) return launch_tensor<T, 8>(job, blocks, most_shared, stream, message);
+  return launch_tensor<T, 16>(job, blocks, most_shared, stream, message);
 }
 
 bool aligned(const void *data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
@@ -577,12 +616,13 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const bool projected = (kind == LOLA_MAP_HEDGEHOG || kind == LOLA_MAP_HEDGEHOG_EXP || kind == LOLA_MAP_RELU) &&
                          (job->side_key ? g.map.w_k : g.map.w_q);
   const int M = !projected ? 0 : kind == LOLA_MAP_RELU ? g.F : g.F / 2;
-  const int64_t weight_bytes = 2LL * (M <= 32 ? 32 : M <= 64 ? 64 : 128) * lola_padded(g.D, 64) * 2;
+  const int columns = M <= 32 ? 32 : M <= 64 ? 64 : 128;
   const bool tensor = projected && x_dtype != LOLA_FLOAT32 && job->round && g.D % 8 == 0 && M % 8 == 0 && M <= 128 &&
-                      weight_bytes + RESERVED_SHARED <= limits.shared;
+                      tensor_bytes(g.D, columns, 1) + RESERVED_SHARED <= limits.shared;
   int64_t per_tile = PLAIN_ROWS, bytes = 0;
   if (tensor) {
-    per_tile = M <= 64 ? 128 : 64;
+    per_tile = TENSOR_ROWS;
+    job->stages = tensor_bytes(g.D, columns, 2) + RESERVED_SHARED <= limits.shared ? 2 : 1;
   } else if (projected) {
     const int64_t row_bytes = (static_cast<int64_t>(g.D) + M) * 4;
     while (per_tile > 1 && per_tile * row_bytes > 48 << 10) per_tile /= 2;
@@ -592,7 +632,6 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
                        "head_dim %d and feature_dim %d are too large for this device's feature maps: pass features",
                        g.D, g.F);
   }
-  job->identity = LOLA_IDENTITY;
   job->per_tile = per_tile;
   job->tiles = 0;
   for (int i = 0; i < job->count; i++) {
@@ -602,7 +641,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   }
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
-  const int64_t most = static_cast<int64_t>(limits.processors) * 4;
+  const int64_t most = static_cast<int64_t>(limits.processors) * (tensor ? 2 : 4);
   const int blocks = static_cast<int>(total < most ? total : most);
   const int most_shared = limits.shared - RESERVED_SHARED; /* the same on every call, so that threads may race */
   if (tensor)

@@ -7,54 +7,18 @@
  * of head h's H, and its s, in shared memory while it walks the unit's chunks. A chunk costs the group one exchange
  * through global memory: every block writes its part of each pair's error, waits for the others, and then selects for
  * itself. All blocks are resident at once (a cooperative launch), groups take units in turn.
+ * Where all pairs of a unit fit in shared memory beside its columns of H they stay there: scan_resident.cuh, which is
+ * what runs at the usual sizes on large devices. Here is the scan for all other sizes, types and scores.
  * 16-bit caches score and fold on the matrix units: features are bfloat16 by contract and so exact, H stands beside
  * itself split into two bfloat16 halves (2^-17), values are split where they are float16; sums are float32, and what a
  * fold adds to H is summed for 64 pairs and then added once. float32 caches use plain multiply-adds.
  * Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends on nothing
  * but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
-#include <limits.h>
-#include <math.h>
-
-#include "cuda/device.cuh"
-#include "cuda/scan.cuh"
+#include "cuda/scan_resident.cuh"
 
 namespace {
 
-constexpr int WARPS = 12, THREADS = WARPS * 32;
-constexpr int COLUMNS = 32;     /* of H, to a block */
-constexpr int TILES = 3;        /* of 16 pairs, to a warp: 576 pairs are one round */
-constexpr int VALUE_PITCH = 40; /* of staged values: rows of 80 bytes meet no bank conflicts */
-constexpr int PLAIN_PAIRS = 4;  /* pairs that a warp scores at a time in float32 */
-constexpr int BINS = 256;
-constexpr unsigned ALL = 0xffffffffu;
-
-/* How a cache's scan is laid out: the same on every call for one device, so that the order of sums is too. */
-struct scan_plan {
-  int groups, group_blocks, column_blocks;
-  int pairs;        /* L + C */
-  int stage;        /* pairs that are folded at a time */
-  int lists_shared; /* per-pair lists lie in shared memory, else in `exchange` */
-  int64_t list_bytes, shared_bytes;
-  int vector_recalled; /* 16-byte stores are possible */
-  unsigned identity;   /* LOLA_IDENTITY */
-  /* offsets into shared memory */
-  int hidden, normalizer, halves, features, values, lists;
-};
-
-/* --- shared memory ---------------------------------------------------------------------------------------------- */
-
-/* Lists over E: sparse slots 0 .. L-1, then the pairs that leave, L .. L+C-1. */
-struct pair_lists {
-  const char **phi, **value;
-  int64_t *position;
-  int *code;
-  float *score;        /* of E at this ranking, in the order of E */
-  float *slot_score;   /* (L,) at the last ranking */
-  float *given;        /* own scores of pairs, or NULL */
-  unsigned *dropped;   /* a bit for each of E */
-  int *dropped_before; /* for each word of `dropped` */
-  int *drop;           /* places in E of the dropped pairs, ascending; at most C */
-};
+/* --- lists of pairs --------------------------------------------------------------------------------------------- */
 
 __host__ __device__ int64_t list_bytes_of(int64_t L, int64_t C) {
   const int64_t n = L + C, words = (n + 31) / 32;
@@ -77,106 +41,6 @@ __device__ pair_lists lay_out_lists(char *base, int64_t L, int64_t C) {
   return lists;
 }
 
-/* The block's part of the state, and its stage. */
-extern __shared__ __align__(128) char scan_memory[];
-
-/* (F padded to 16, 32) */
-__device__ float *hidden_of(const scan_plan &plan) { return reinterpret_cast<float *>(scan_memory + plan.hidden); }
-/* (F padded to 16,) */
-__device__ float *normalizer_of(const scan_plan &plan) {
-  return reinterpret_cast<float *>(scan_memory + plan.normalizer);
-}
-/* (66, F padded to 64) swizzled: 32 columns of H high, 32 low, s high, s low. */
-__device__ __nv_bfloat16 *halves_of(const scan_plan &plan) {
-  return reinterpret_cast<__nv_bfloat16 *>(scan_memory + plan.halves);
-}
-/* Staged phi of dropped pairs: bfloat16 (stage, F padded to 64) swizzled, or float32 (stage, F). */
-template <typename T> __device__ T *staged_features(const scan_plan &plan) {
-  return reinterpret_cast<T *>(scan_memory + plan.features);
-}
-/* Staged values: high and low halves of (stage, VALUE_PITCH), or float32 (stage, 32). */
-template <typename T> __device__ T *staged_values(const scan_plan &plan) {
-  return reinterpret_cast<T *>(scan_memory + plan.values);
-}
-
-/* What a block knows of its unit, the same for all threads until the next one. */
-struct scan_unit {
-  lola_device_span span;
-  int64_t base; /* position of code 0 */
-  int64_t last; /* chunk of the last token */
-  int row, set, head;
-};
-
-/* The block's place and memory. */
-struct scan_block {
-  pair_lists lists;
-  float *exchange;   /* the group's, (2, group_blocks, pairs) */
-  unsigned *barrier; /* the group's: arrivals, leavers */
-  int rank, head, column_block;
-};
-
-/* In static shared memory: kept out of registers, which the products need. */
-struct block_shared {
-  scan_block block;
-  scan_unit unit;
-  unsigned histogram[3][BINS];
-  uint64_t low[WARPS], high[WARPS];
-  int rows[THREADS]; /* cache rows with work, of the THREADS being looked at */
-  int row_count[WARPS];
-};
-
-/* What changes from chunk to chunk; every thread of the group keeps the same. */
-struct scan_progress {
-  int64_t folded;
-  unsigned rounds;              /* of the group's barrier, in this launch */
-  int count;                    /* sparse slots in use */
-  int recall_first, recall_end; /* tokens of the span whose phi(q)^T H is still to be written */
-  bool leaving;                 /* the lists hold the next update's leaving pairs */
-};
-
-/* --- the group's barrier ---------------------------------------------------------------------------------------- */
-
-/* Says that this block's writes are done. Every thread calls it. */
-__device__ void arrive(const scan_block &block, scan_progress *progress) {
-  progress->rounds++;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(block.barrier, 1u);
-  }
-}
-
-/* Waits until every block of the group has arrived as often as this one. */
-__device__ void await(const scan_plan &plan, const scan_block &block, const scan_progress &progress) {
-  if (threadIdx.x == 0) {
-    const unsigned target = progress.rounds * static_cast<unsigned>(plan.group_blocks);
-    unsigned seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(block.barrier) : "memory");
-    } while (static_cast<int>(seen - target) < 0);
-    __threadfence();
-  }
-  __syncthreads();
-}
-
-/* The last block to leave puts the counters back to zero; nobody waits any more by then. */
-__device__ void leave_barrier(const scan_plan &plan, const scan_block &block, const scan_progress &progress) {
-  if (!progress.rounds || threadIdx.x) return;
-  __threadfence();
-  if (atomicAdd(block.barrier + 1, 1u) + 1 == static_cast<unsigned>(plan.group_blocks)) {
-    block.barrier[0] = 0;
-    block.barrier[1] = 0;
-  }
-}
-
-/* --- small things ----------------------------------------------------------------------------------------------- */
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(ALL, x, i);
-  return x;
-}
-
 /* Place in the lists of the pair at `i` of E. */
 __device__ int list_at(const lola_device_segment &g, int count, int i) { return i < count ? i : i - count + g.L; }
 
@@ -187,53 +51,7 @@ __device__ int dropped_before(const pair_lists &lists, int i) {
   return lists.dropped_before[i / 32] + __popc(lists.dropped[i / 32] & ((1u << (i % 32)) - 1));
 }
 
-/* 8 elements of 16 bits from element k of a row of n, zero past its end. */
-template <bool VECTOR> __device__ uint4 load_chunk(const char *row, int k, int n) {
-  uint4 chunk = make_uint4(0, 0, 0, 0);
-  if (k >= n) return chunk;
-  const uint16_t *x = reinterpret_cast<const uint16_t *>(row) + k;
-  if constexpr (VECTOR) {
-    chunk = __ldg(reinterpret_cast<const uint4 *>(x));
-  } else {
-    unsigned e[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) e[i] = k + i < n ? __ldg(x + i) : 0;
-    chunk = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
-  }
-  return chunk;
-}
-
-/* Elements of the cache, and whether rows of phi and values can be read 16 bytes at a time. */
-template <typename Element, bool VECTOR_ROWS> struct cache_kind {
-  using element = Element;
-  static constexpr bool tensor = true, vector = VECTOR_ROWS;
-};
-template <bool VECTOR_ROWS> struct cache_kind<float, VECTOR_ROWS> {
-  using element = float;
-  static constexpr bool tensor = false, vector = VECTOR_ROWS;
-};
-template <typename T> constexpr bool is_half = false;
-template <bool VECTOR_ROWS> constexpr bool is_half<cache_kind<__half, VECTOR_ROWS>> = true;
-
 /* --- the state in shared memory --------------------------------------------------------------------------------- */
-
-/* The rows of the right-hand matrix: column `column` of H (high; its low half is 32 rows on), then s high, s low. */
-constexpr int LOW_ROWS = COLUMNS, NORMALIZER_ROW = 2 * COLUMNS, HALF_ROWS = 2 * COLUMNS + 2;
-
-__device__ void store_halves(const scan_plan &plan, int pitch, int f, int column, float x, float y) {
-  unsigned hi, lo;
-  lola_split_pair(x, y, &hi, &lo);
-  const int row = lola_column_row(column);
-  *reinterpret_cast<unsigned *>(halves_of(plan) + lola_swizzled(row, f, pitch)) = hi;
-  *reinterpret_cast<unsigned *>(halves_of(plan) + lola_swizzled(row + LOW_ROWS, f, pitch)) = lo;
-}
-
-__device__ void store_normalizer_halves(const scan_plan &plan, int pitch, int f, float x) {
-  __nv_bfloat16 hi, lo;
-  lola_split(x, &hi, &lo);
-  halves_of(plan)[lola_swizzled(NORMALIZER_ROW, f, pitch)] = hi;
-  halves_of(plan)[lola_swizzled(NORMALIZER_ROW + 1, f, pitch)] = lo;
-}
 
 template <typename T>
 __device__ void load_state(const lola_device_segment &g, const scan_plan &plan, const scan_block &block,
@@ -316,12 +134,6 @@ __device__ void multiply(const lola_device_segment &g, const scan_plan &plan, co
   }
 }
 
-/* phi^T s of the row whose products are in `acc`, in all lanes of its quad. */
-__device__ float quad_normalizer(const float (&acc)[4], const int half) {
-  const float z = acc[2 * half] + acc[2 * half + 1];
-  return __shfl_sync(ALL, z, threadIdx.x % 32 & ~3);
-}
-
 /* The same in float32 for up to PLAIN_PAIRS rows: n[i] is column `lane` of phi_i^T H, z[i] the whole phi_i^T s. */
 template <bool VECTOR>
 __device__ void multiply_plain(const lola_device_segment &g, const scan_plan &plan,
@@ -363,25 +175,6 @@ __device__ void multiply_plain(const lola_device_segment &g, const scan_plan &pl
 }
 
 /* --- score ------------------------------------------------------------------------------------------------------ */
-
-/* n / z - v, or -v where z = 0; 1 / z overflows for a z near the smallest float, so both sides are lifted first. */
-struct recall_scale {
-  float up, inverse;
-};
-
-__device__ recall_scale recall_scale_of(float z) {
-  recall_scale scale = {0, 0};
-  if (z != 0) {
-    scale.up = z < 1e-30f ? 0x1p64f : 1;
-    scale.inverse = 1 / (z * scale.up);
-  }
-  return scale;
-}
-
-__device__ float recall_error(const recall_scale &scale, float n, float v, float sum) {
-  const float d = fmaf(n * scale.up, scale.inverse, -v);
-  return fmaf(d, d, sum);
-}
 
 /* Every pair's error over this block's columns, into the exchange. */
 template <typename T>
@@ -540,6 +333,12 @@ __device__ unsigned score_key(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/* In static shared memory. */
+struct select_shared {
+  unsigned histogram[3][BINS];
+  uint64_t low[WARPS], high[WARPS];
+};
+
 /* Keys up to `last` are dropped, and of those equal to `tied` so many: ties > 0 and then last < tied (`none`: no key is
  * below it). */
 template <typename Key> struct cut {
@@ -551,7 +350,8 @@ template <typename Key> struct cut {
 /* Where the `drops` lowest keys end. read(i, &key) says whether i takes part and what its key is. Counts keys in 256
  * equal parts of their range, then of the part where the cut falls, until it falls between parts or within equal keys.
  * Every thread calls it and gets the answer. */
-template <typename Key, typename Read> __device__ cut<Key> find_cut(block_shared *shared, int n, int drops, Read read) {
+template <typename Key, typename Read>
+__device__ cut<Key> find_cut(select_shared *shared, int n, int drops, Read read) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Key low = ~static_cast<Key>(0), high = 0;
   for (int i = threadIdx.x; i < n; i += THREADS) {
@@ -637,8 +437,8 @@ template <typename Key, typename Read> __device__ cut<Key> find_cut(block_shared
 }
 
 /* The `drops` lowest of E, ties to the later position: bits in lists.dropped, their places in lists.drop. */
-__device__ void select_pairs(const lola_device_segment &g, block_shared *shared, int count, int all, int drops) {
-  const pair_lists &lists = shared->block.lists;
+__device__ void select_pairs(const lola_device_segment &g, const pair_lists &lists, select_shared *shared, int count,
+                             int all, int drops) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, words = (all + 31) / 32;
   const auto position = [&](int i) { return static_cast<uint64_t>(lists.position[list_at(g, count, i)]); };
   cut<unsigned> by_score = {UINT_MAX, 0, 0, false};
@@ -944,11 +744,6 @@ __device__ void recall_tokens(const lola_device_segment &g, const scan_plan &pla
 
 /* --- a unit ----------------------------------------------------------------------------------------------------- */
 
-/* Where the group's blocks exchange their parts in a round: two areas in turn, so that one barrier a round suffices. */
-__device__ float *parts_of(const scan_plan &plan, const scan_block &block, unsigned round) {
-  return block.exchange + static_cast<int64_t>(round & 1) * plan.group_blocks * plan.pairs;
-}
-
 /* Scores E for the update at the start of `chunk`; with self_recall the group's other parts are still to come. */
 template <typename T>
 __device__ void begin_selection(const lola_device_segment &g, const scan_plan &plan, block_shared *shared,
@@ -967,7 +762,7 @@ __device__ void begin_selection(const lola_device_segment &g, const scan_plan &p
 /* Then selects and folds. */
 template <typename T>
 __device__ void end_selection(const lola_device_segment &g, const scan_plan &plan, block_shared *shared,
-                              scan_progress *progress, int64_t chunk, bool more) {
+                              select_shared *select, scan_progress *progress, int64_t chunk, bool more) {
   const scan_block &block = shared->block;
   const int count = progress->count, all = count + static_cast<int>(g.C), drops = all - g.L;
   if (g.L && g.score == LOLA_SCORE_SELF_RECALL) {
@@ -975,7 +770,7 @@ __device__ void end_selection(const lola_device_segment &g, const scan_plan &pla
     sum_parts(plan, block.lists, parts_of(plan, block, progress->rounds - 1), all);
   }
   __syncthreads();
-  select_pairs(g, shared, count, all, drops);
+  select_pairs(g, block.lists, select, count, all, drops);
   for (int first = 0; first < drops; first += plan.stage) {
     const int n = min(plan.stage, drops - first);
     const bool last = first + n == drops;
@@ -1005,18 +800,9 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   const scan_unit &unit = shared->unit;
   const pair_lists &lists = block.lists;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
-  if (threadIdx.x == 0) {
-    scan_unit next;
-    next.span = g.spans[row];
-    next.base = next.span.position - g.R;
-    next.last = (next.span.position + next.span.tokens - 1) / g.C;
-    next.row = row;
-    next.set = set;
-    next.head = set * g.rs + block.head;
-    shared->unit = next;
-  }
-  __syncthreads();
   const int count = static_cast<int>(g.sparse_count[group]);
+  if (threadIdx.x == 0) begin_scan_unit(g, shared, row, set, count);
+  __syncthreads();
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head];
   progress->leaving = false;
@@ -1030,8 +816,7 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
     if (lists.given) lists.given[slot] = g.sparse_given[group * g.L + slot];
   }
   /* Where nothing is folded, now or before, the state is not needed. */
-  if (lola_device_folds(g, lola_device_segment_leaving(g, unit.span), count) ||
-      (record && progress->folded && g.mixing != LOLA_MIXING_CACHE_ONLY))
+  if (unit.folds || (record && progress->folded && g.mixing != LOLA_MIXING_CACHE_ONLY))
     load_state<T>(g, plan, block, unit);
   __syncthreads();
 }
@@ -1070,7 +855,7 @@ __device__ void end_unit(const lola_device_segment &g, const scan_plan &plan, co
 
 template <typename T>
 __device__ void walk_unit(const lola_device_segment &g, const scan_plan &plan, block_shared *shared,
-                          scan_progress *progress, int row, int set, int record) {
+                          select_shared *select, scan_progress *progress, int row, int set, int record) {
   const unsigned rounds_before = progress->rounds;
   begin_unit<T>(g, plan, shared, progress, row, set, record);
   const scan_unit &unit = shared->unit;
@@ -1089,7 +874,7 @@ __device__ void walk_unit(const lola_device_segment &g, const scan_plan &plan, b
     progress->recall_first = progress->recall_end;
     if (chunk > unit.last) break;
     if (selects) {
-      end_selection<T>(g, plan, shared, progress, chunk, more);
+      end_selection<T>(g, plan, shared, select, progress, chunk, more);
     } else if (updates) {
       place_pairs(g, shared->block, unit, progress->count, progress->count + C, chunk, more);
       progress->count += C;
@@ -1125,11 +910,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     block.column_block = block.rank % plan.column_blocks;
     const int64_t exchange = 2LL * plan.group_blocks * plan.pairs;
     block.exchange = static_cast<float *>(g.exchange) + group * exchange;
-    char *lists = plan.lists_shared ? scan_memory + plan.lists
-                                    : static_cast<char *>(g.exchange) + (plan.groups * exchange * 4 + 15) / 16 * 16 +
-                                          blockIdx.x * plan.list_bytes;
-    block.lists = lay_out_lists(lists, g.L, g.C);
-    if (!g.sparse_given) block.lists.given = nullptr;
+    if constexpr (!is_resident<T>) {
+      char *lists = plan.lists_shared ? scan_memory + plan.lists
+                                      : static_cast<char *>(g.exchange) + (plan.groups * exchange * 4 + 15) / 16 * 16 +
+                                            blockIdx.x * plan.list_bytes;
+      block.lists = lay_out_lists(lists, g.L, g.C);
+      if (!g.sparse_given) block.lists.given = nullptr;
+    }
     block.barrier = g.barriers + LOLA_SCAN_BARRIERS / plan.groups * group;
     shared.block = block;
   }
@@ -1151,8 +938,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int64_t units = static_cast<int64_t>(rows) * g.S;
     /* Units are numbered through all rows with work; a group takes every groups-th. */
     int64_t unit = (group - before % plan.groups + plan.groups) % plan.groups;
-    for (; unit < units; unit += plan.groups)
-      walk_unit<T>(g, plan, &shared, &progress, shared.rows[unit / g.S], static_cast<int>(unit % g.S), record);
+    for (; unit < units; unit += plan.groups) {
+      const int own_row = shared.rows[unit / g.S], set = static_cast<int>(unit % g.S);
+      if constexpr (is_resident<T>) {
+        walk_resident<T>(g, plan, &shared, &progress, own_row, set, record);
+      } else {
+        __shared__ select_shared select;
+        walk_unit<T>(g, plan, &shared, &select, &progress, own_row, set, record);
+      }
+    }
     before += units;
   }
   leave_barrier(plan, shared.block, progress);
@@ -1160,16 +954,30 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* --- launching -------------------------------------------------------------------------------------------------- */
 
-template <bool VECTOR> const void *kernel_of(lola_dtype dtype) {
-  if (dtype == LOLA_FLOAT32) return reinterpret_cast<const void *>(scan_kernel<cache_kind<float, VECTOR>>);
-  if (dtype == LOLA_FLOAT16) return reinterpret_cast<const void *>(scan_kernel<cache_kind<__half, VECTOR>>);
-  return reinterpret_cast<const void *>(scan_kernel<cache_kind<__nv_bfloat16, VECTOR>>);
+template <typename T> const void *address_of() { return reinterpret_cast<const void *>(scan_kernel<T>); }
+
+template <bool VECTOR> const void *kernel_of(lola_dtype dtype, int panels) {
+  const bool half = dtype == LOLA_FLOAT16;
+  if (panels == 1)
+    return half ? address_of<resident_kind<__half, 1, VECTOR>>()
+                : address_of<resident_kind<__nv_bfloat16, 1, VECTOR>>();
+  if (panels == 2)
+    return half ? address_of<resident_kind<__half, 2, VECTOR>>()
+                : address_of<resident_kind<__nv_bfloat16, 2, VECTOR>>();
+  if (dtype == LOLA_FLOAT32) return address_of<cache_kind<float, VECTOR>>();
+  return half ? address_of<cache_kind<__half, VECTOR>>() : address_of<cache_kind<__nv_bfloat16, VECTOR>>();
+}
+
+/* The kernel for pairs that are resident in so many panels or (0) are not, reading rows 16 bytes at a time or not. */
+const void *kernel_of(lola_dtype dtype, int panels, bool vector) {
+  return vector ? kernel_of<true>(dtype, panels) : kernel_of<false>(dtype, panels);
 }
 
 /* What the planning needs to know of a cache or a segment. */
 struct scan_sizes {
   int64_t B, S, rs, Dv, F, L, C;
   lola_dtype dtype;
+  lola_score score;
 };
 
 struct device_limits {
@@ -1195,15 +1003,15 @@ lola_status look_up_device(device_limits *limits, lola_message *message) {
 
 /* Blocks of the kernels that fit on a multiprocessor with `bytes` of shared memory. Allows them `most` on the way,
  * always the same, so that calls from other threads do not take it away again. */
-lola_status look_up_occupancy(int device, lola_dtype dtype, int64_t bytes, int64_t most, int *blocks,
+lola_status look_up_occupancy(int device, lola_dtype dtype, int panels, int64_t bytes, int64_t most, int *blocks,
                               lola_message *message) {
   static thread_local struct {
-    int device, dtype, blocks;
+    int device, dtype, panels, blocks;
     int64_t bytes;
-  } known = {-1, 0, 0, 0};
-  if (known.device != device || known.dtype != dtype || known.bytes != bytes) {
+  } known = {-1, 0, 0, 0, 0};
+  if (known.device != device || known.dtype != dtype || known.panels != panels || known.bytes != bytes) {
     int found = INT_MAX;
-    for (const void *kernel : {kernel_of<false>(dtype), kernel_of<true>(dtype)}) {
+    for (const void *kernel : {kernel_of(dtype, panels, false), kernel_of(dtype, panels, true)}) {
       lola_status status = lola_cuda_status(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), "scan",
           message);
@@ -1215,7 +1023,7 @@ lola_status look_up_occupancy(int device, lola_dtype dtype, int64_t bytes, int64
       if (status) return status;
       if (blocks_of_kernel < found) found = blocks_of_kernel;
     }
-    known = {device, dtype, found, bytes};
+    known = {device, dtype, panels, found, bytes};
   }
   *blocks = known.blocks;
   return LOLA_OK;
@@ -1242,17 +1050,42 @@ int64_t lay_out_shared(const scan_sizes &sizes, int stage, scan_plan *plan) {
   return used;
 }
 
+/* Lays out shared memory for resident pairs; its bytes, or 0 where they cannot be. */
+int64_t lay_out_resident(const scan_sizes &sizes, scan_plan *plan) {
+  const int64_t pairs = sizes.L + sizes.C, rows = (pairs + 15) / 16 * 16, panels = (sizes.F + 63) / 64;
+  if (sizes.dtype == LOLA_FLOAT32 || sizes.score != LOLA_SCORE_SELF_RECALL || sizes.L == 0 || panels > 2 ||
+      rows > RESIDENT_PAIRS)
+    return 0;
+  plan->panels = static_cast<int>(panels);
+  plan->rows = static_cast<int>(rows);
+  const int64_t pieces[5] = {panels * rows * 128, rows * COLUMNS * 2, HALF_ROWS * panels * 128, panels * 128,
+                             resident_list_bytes(sizes.L, sizes.C)};
+  int *const offsets[5] = {&plan->features, &plan->values, &plan->halves, &plan->zeros, &plan->lists};
+  int64_t used = 0;
+  for (int i = 0; i < 5; i++) {
+    *offsets[i] = static_cast<int>(used);
+    used += (pieces[i] + 127) / 128 * 128;
+  }
+  return used;
+}
+
 lola_status make_plan(const scan_sizes &sizes, scan_plan *plan, lola_message *message) {
   device_limits limits;
   lola_status status = look_up_device(&limits, message);
   if (status) return status;
   *plan = scan_plan{};
   plan->column_blocks = static_cast<int>((sizes.Dv + COLUMNS - 1) / COLUMNS);
-  plan->pairs = static_cast<int>(sizes.L + sizes.C);
+  plan->pairs = static_cast<int>((sizes.L + sizes.C + 3) / 4 * 4);
   plan->list_bytes = (list_bytes_of(sizes.L, sizes.C) + 127) / 128 * 128;
-  const int64_t most = limits.shared - static_cast<int64_t>(sizeof(block_shared)) - 1024;
+  int64_t most = limits.shared - static_cast<int64_t>((sizeof(block_shared) + 127) / 128 * 128);
   /* Long stages and lists in shared memory where they fit: what gives way first costs least. */
-  bool fits = false;
+  plan->shared_bytes = lay_out_resident(sizes, plan);
+  plan->lists_shared = 1;
+  bool fits = plan->shared_bytes && plan->shared_bytes <= most;
+  if (!fits) {
+    plan->panels = 0;
+    most -= static_cast<int64_t>(sizeof(select_shared)) + 1024;
+  }
   for (int lists_shared = 1; lists_shared >= 0 && !fits; lists_shared--)
     for (int stage = 64; stage >= 16 && !fits; stage /= 4) {
       const int64_t bytes = lay_out_shared(sizes, stage, plan) + (lists_shared ? plan->list_bytes : 0);
@@ -1267,7 +1100,8 @@ lola_status make_plan(const scan_sizes &sizes, scan_plan *plan, lola_message *me
                      "feature_dim %lld is too large for this device: its state must fit in %d bytes of shared memory",
                      static_cast<long long>(sizes.F), limits.shared);
   int per_processor;
-  status = look_up_occupancy(limits.device, sizes.dtype, plan->shared_bytes, most, &per_processor, message);
+  status =
+      look_up_occupancy(limits.device, sizes.dtype, plan->panels, plan->shared_bytes, most, &per_processor, message);
   if (status) return status;
   const int64_t capacity = static_cast<int64_t>(limits.processors) * per_processor;
   const int64_t group_blocks = sizes.rs * plan->column_blocks;
@@ -1299,8 +1133,9 @@ bool rows_aligned(const lola_array &x) {
 
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
   const lola_shape &shape = cache->shape;
-  const scan_sizes sizes = {shape.batch,       cache->sets,          shape.heads / cache->sets, shape.value_dim,
-                            shape.feature_dim, cache->config.sparse, cache->config.chunk,       shape.dtype};
+  const scan_sizes sizes = {shape.batch,         cache->sets,       shape.heads / cache->sets,
+                            shape.value_dim,     shape.feature_dim, cache->config.sparse,
+                            cache->config.chunk, shape.dtype,       cache->config.score};
   scan_plan plan;
   lola_message ignored; /* the first call says it */
   return make_plan(sizes, &plan, &ignored) ? 0 : exchange_bytes(plan);
@@ -1312,7 +1147,7 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   if (g.score == LOLA_SCORE_ATTENTION)
     return lola_fail(message, LOLA_VALUE_ERROR,
                      "score 'attention' runs on the CPU only: use a cache with device='cpu', or another score");
-  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype};
+  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
   scan_plan plan;
   lola_status status = make_plan(sizes, &plan, message);
   if (status) return status;
@@ -1323,7 +1158,7 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   plan.vector_recalled = g.Dv % 4 == 0;
   void *arguments[] = {const_cast<lola_device_segment *>(segment), &plan, &record};
   const int blocks = plan.groups * plan.group_blocks;
-  const void *kernel = vector ? kernel_of<true>(g.dtype) : kernel_of<false>(g.dtype);
+  const void *kernel = kernel_of(g.dtype, plan.panels, vector);
   cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(THREADS), arguments,
                                                   static_cast<size_t>(plan.shared_bytes), stream);
   (void)cudaGetLastError();

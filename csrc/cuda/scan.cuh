@@ -88,6 +88,65 @@ static __device__ inline void lola_load_transposed(unsigned (&r)[4], const void 
                : "memory");
 }
 
+/* The same as they lie. */
+static __device__ inline void lola_load_rows(unsigned (&r)[4], const void *row) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+/* 16 bytes from device to shared memory, which nobody waits for yet. */
+static __device__ inline void lola_copy_async(void *to, const void *from) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+/* Ends a group of copies. */
+static __device__ inline void lola_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* Waits for the thread's copies but those of its last `GROUPS` groups. */
+template <int GROUPS> static __device__ inline void lola_copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+/* --- a counter that blocks meet at -------------------------------------------------------------------------------- */
+
+static __device__ inline void lola_arrive(unsigned *counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+static __device__ inline unsigned lola_arrivals(const unsigned *counter) {
+  unsigned seen;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
+
+/* The thread's index, read anew. What is computed from it is not known to be the same in every turn of a loop: the
+ * compiler would otherwise compute it once and keep all of it in registers, which a long loop does not have. */
+static __device__ inline unsigned lola_thread() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+/* 2^x to two units in the last place; 0 below 2^-126. */
+static __device__ inline float lola_power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/* 1 / x to a unit in the last place, for x from 2^-126 to 2^126. */
+static __device__ inline float lola_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
+/* --- layouts in shared memory ------------------------------------------------------------------------------------- */
+
 static __host__ __device__ inline int lola_padded(int n, int multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
@@ -115,12 +174,14 @@ static __device__ inline void lola_split(float x, __nv_bfloat16 *hi, __nv_bfloat
   *lo = __float2bfloat16_rn(x - __bfloat162float(*hi));
 }
 
+static __device__ inline unsigned lola_round_pair(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return lola_pack(pair.x, pair.y);
+}
+
 static __device__ inline void lola_split_pair(float x, float y, unsigned *hi, unsigned *lo) {
-  __nv_bfloat16 xh, xl, yh, yl;
-  lola_split(x, &xh, &xl);
-  lola_split(y, &yh, &yl);
-  *hi = lola_pack(xh, yh);
-  *lo = lola_pack(xl, yl);
+  *hi = lola_round_pair(x, y);
+  *lo = lola_round_pair(x - __uint_as_float(*hi << 16), y - __uint_as_float(*hi & 0xffff0000u));
 }
 
 /* Two 16-bit elements of T as float32. */
