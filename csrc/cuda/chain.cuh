@@ -4,7 +4,9 @@
  * and before it writes anything at all; that waits for the whole of the kernel before it, memory included, and so, as
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
- */
+ *
+ * lola_device_start_next comes after lola_device_await_previous, commit_sparse apart: so a kernel that has started knows
+ * that all but the last one or two before it have ended. Decoding's main kernel builds on that. */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 
@@ -44,19 +46,24 @@ static inline bool lola_cuda_can_chain(const void *kernel) {
   return answer == YES;
 }
 
+/* The attribute of such a launch; how many there are: 1, or 0 for an ordinary one. */
+static inline unsigned lola_cuda_chain_attribute(const void *kernel, cudaLaunchAttribute *attribute) {
+  attribute->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute->val.programmaticStreamSerializationAllowed = 1;
+  return lola_cuda_can_chain(kernel) ? 1 : 0;
+}
+
 template <class... P, class... A>
 cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
                                      cudaStream_t stream, A... arguments) {
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = lola_cuda_can_chain(reinterpret_cast<const void *>(kernel)) ? 1 : 0;
+  config.numAttrs = lola_cuda_chain_attribute(reinterpret_cast<const void *>(kernel), &attribute);
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 

@@ -132,8 +132,9 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
   p->shared_bytes = most;
 }
 
-/* Scratch: a counter of arrivals per (row, KV head), zero between launches; phi(q); the partials. */
+/* Scratch: a counter of arrivals per (row, KV head), zero between launches; the rows in order; phi(q); partials. */
 int64_t counter_bytes(int64_t groups) { return divided_up(groups * 4, 256) * 256; }
+int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row)) + 4, 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
 /* --- the merge ------------------------------------------------------------------------------------- */
@@ -291,7 +292,7 @@ __device__ __forceinline__ row_window window_of(const lola_device_segment &g, co
 template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS, 3)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                  unsigned *counters, const float *query_phi, float *scratch) {
+                  const decode_rows, unsigned *counters, const float *query_phi, float *scratch) {
   extern __shared__ __align__(16) char shared[];
   /* What is needed once more at the end waits in shared memory, not in registers. */
   __shared__ lola_device_span kept;
@@ -392,46 +393,63 @@ __global__ void __launch_bounds__(THREADS, 3)
   merge(g, plan, kept.batch, kept.first, b.kv_head, window_of(g, plan, kept.position).pairs, count_of, partials);
 }
 
-/* --- a run of items a block ------------------------------------------------------------------------- */
+/* --- runs of items a block -------------------------------------------------------------------------- */
 
-__device__ __forceinline__ unsigned run_begin(const decode_plan &plan, unsigned block) {
-  return block * plan.run + min(block, plan.longer_runs);
-}
+/* Units of some rows, and how they are shared out: `run` for each block, one more for the first `longer` of them. */
+struct unit_share {
+  unsigned first_row, units, run, longer;
 
-/* The block whose run holds a unit. */
-__device__ __forceinline__ unsigned block_of(const decode_plan &plan, unsigned unit) {
-  const unsigned longer = plan.longer_runs * (plan.run + 1);
-  return unit < longer ? unit / (plan.run + 1) : plan.longer_runs + (unit - longer) / plan.run;
-}
+  __device__ __forceinline__ unit_share(const lola_device_segment &g, const decode_plan &plan, unsigned first,
+                                        unsigned rows)
+      : first_row(first), units(rows * g.Hkv * static_cast<unsigned>(plan.items)), run(units / gridDim.x),
+        longer(units - run * gridDim.x) {}
 
-__device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, const decode_plan &plan, unsigned group) {
-  group_facts f = {};
-  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = g.S / g.Hkv;
-  f.kv_head = static_cast<int>(group) - row * g.Hkv;
-#pragma unroll
-  for (int i = 0; i < MATRIX_HEADS; i++) {
-    if (i < sets && g.L) f.counts[i] = static_cast<int>(g.sparse_count[static_cast<int64_t>(group) * sets + i]);
-    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && g.folded[static_cast<int64_t>(group) * g.r + i])
-      f.folded |= 1u << i;
+  __device__ __forceinline__ unsigned begin(unsigned block) const { return block * run + min(block, longer); }
+
+  /* The block whose run holds a unit. */
+  __device__ __forceinline__ unsigned block_of(unsigned unit) const {
+    const unsigned before = longer * (run + 1);
+    return unit < before ? unit / (run + 1) : longer + (unit - before) / run;
   }
-  const lola_device_span span = g.spans[row];
-  const row_window window = window_of(g, plan, span.position);
-  f.row = span.tokens ? row : -1;
-  f.batch = span.batch;
-  f.first = span.first;
-  f.position = span.position;
-  f.window_pairs = static_cast<int>(window.pairs);
-  f.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+};
+
+/* Of the KV head `index` of all those of rows in their order. */
+__device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, const decode_plan &plan,
+                                                const decode_rows &ordered, unsigned index) {
+  group_facts f = {};
+  const unsigned place = divided(index, plan.by_kv_heads);
+  const int sets = g.S / g.Hkv;
+  f.kv_head = static_cast<int>(index - place * g.Hkv);
+  f.of = ordered.rows[place];
+  /* Mostly rows are in their places, and what is asked for beside the row is the right one. */
+  int row = static_cast<int>(place);
+#pragma unroll 1
+  for (int tries = 0; tries < 2; tries++) {
+    f.group = static_cast<unsigned>(row * g.Hkv + f.kv_head);
+    f.folded = 0;
+#pragma unroll
+    for (int i = 0; i < MATRIX_HEADS; i++) {
+      if (i < sets && g.L)
+        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * sets + i));
+      if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(f.group) * g.r + i))
+        f.folded |= 1u << i;
+    }
+    if (f.of.row == row || f.of.row < 0) break;
+    row = f.of.row;
+  }
+  f.ring_slot = static_cast<int>(
+      f.of.position - divided(f.of.position, plan.by_R, plan.small_sizes && f.of.position < INT64_C(0x7fffffff)) * g.R);
   return f;
 }
 
-/* Into L2, by one thread, what the block will ask for first; before the kernels before this one have ended. */
+/* Into L2, by one thread, what a block will ask for first if no row is updated; before the kernels before this one have
+ * ended. */
 __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, const decode_plan &plan, unsigned unit) {
   const work_unit u = unit_at(plan, unit, 0);
   const int64_t group = u.group;
   if (u.kind == STATE_UNIT) {
     if (g.mixing != LOLA_MIXING_CACHE_ONLY)
-      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, UNIT_BYTES);
+      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
     return;
   }
   const bool sparse = u.kind == SPARSE_UNIT;
@@ -442,9 +460,16 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
-/* Scores of the newest pair and the counters, once its key and value are kept. */
-__device__ __forceinline__ void advance(const lola_device_segment &g, const decode_plan &plan,
-                                        const group_facts &facts) {
+/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache; its score; and
+ * the counters. */
+__device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, const decode_plan &plan,
+                                                 const group_facts &facts) {
+  const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.ring_slot;
+  static_assert(THREADS == WIDE, "an element each");
+  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = reinterpret_cast<const uint16_t *>(
+      lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head))[threadIdx.x];
+  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = reinterpret_cast<const uint16_t *>(
+      lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head))[threadIdx.x];
   const int sets = g.S / g.Hkv;
 #pragma unroll 1
   for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
@@ -452,76 +477,70 @@ __device__ __forceinline__ void advance(const lola_device_segment &g, const deco
     float sum = 0;
 #pragma unroll 1
     for (int h = first_head; h < first_head + g.rs; h++)
-      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.batch, facts.first, h));
-    const int64_t set = (static_cast<int64_t>(facts.row) * g.Hkv + facts.kv_head) * sets + s;
-    g.window_given[set * g.R + facts.position % g.R] = sum;
+      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.of.batch, facts.of.first, h));
+    g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.ring_slot] = sum;
   }
   if (facts.kv_head == 0 && threadIdx.x == 0) {
-    const int64_t chunk = window_of(g, plan, facts.position).chunk;
-    g.tokens_seen[facts.row] = facts.position + 1;
-    if (chunk > g.chunks[facts.row]) g.chunks[facts.row] = chunk;
+    const int64_t chunk = window_of(g, plan, facts.of.position).chunk;
+    g.tokens_seen[facts.of.row] = facts.of.position + 1;
+    if (chunk > g.chunks[facts.of.row]) g.chunks[facts.of.row] = chunk;
   }
 }
 
+/* A block's run of a share. `updated`: the share's rows are. */
 template <typename T, int STAGES>
-__global__ void __launch_bounds__(THREADS, 2)
-    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                           unsigned *counters, const float *query_phi, float *scratch) {
-  extern __shared__ __align__(16) char shared[]; /* STAGES units */
+__device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
+                                        bool updated, const decode_rows &ordered, unsigned *counters,
+                                        const float *query_phi, float *scratch, char *shared) {
   __shared__ group_facts known[MOST_GROUPS];
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
   __shared__ int last;
-  const unsigned begin = run_begin(plan, blockIdx.x), end = run_begin(plan, blockIdx.x + 1);
+  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+  if (begin == end) return;
   const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
-  if (threadIdx.x < STAGES && begin + threadIdx.x < end) prefetch_unit(g, plan, begin + threadIdx.x);
-  lola_device_await_previous();
-  if (threadIdx.x <= last_group - first_group) known[threadIdx.x] = facts_of(g, plan, first_group + threadIdx.x);
+  const bool gathers = updated && plan.gathers;
+  if (threadIdx.x <= last_group - first_group)
+    known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
   __syncthreads();
 
   const int warp = threadIdx.x / 32, stride = plan.columns + 4;
   const int64_t head_step = plan.slots * stride;
-  char *const quarter = shared + warp * QUARTER_BYTES;
-#pragma unroll
-  for (int i = 0; i < STAGES; i++) {
-    if (begin + i < end) {
-      const work_unit u = unit_at(plan, begin + i, first_group);
-      ask_unit(g, plan, known[u.group], u, quarter + i * UNIT_BYTES);
+  work_unit u = unit_at(plan, begin, first_group);
+  int asked = 0, worked = 0; /* stages */
+#pragma unroll 1
+  for (unsigned ahead = begin; ahead < end + STAGES - 1; ahead++) {
+    const unsigned unit = ahead - (STAGES - 1);
+    const bool works = ahead >= begin + STAGES - 1;
+    if (works) {
+      copies_wait<STAGES - 2>();
+      __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    }
+    if (ahead < end) {
+      const work_unit next = unit_at(plan, ahead, first_group);
+      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + asked * STAGE_BYTES);
+      asked = asked + 1 == STAGES ? 0 : asked + 1;
     }
     copies_end_group();
-  }
-  work_unit u = unit_at(plan, begin, first_group);
-  unit_operands left = {}, next_left = {};
-  load_operands<T>(g, plan, known[u.group], u, query_phi, &left);
-  int stage = 0;
-#pragma unroll 1
-  for (unsigned unit = begin; unit < end; unit++) {
+    if (!works) continue;
     const group_facts &facts = known[u.group];
-    const unsigned group = first_group + u.group;
-    char *const own = quarter + stage * UNIT_BYTES;
-    float *const partials = scratch + static_cast<int64_t>(group) * g.r * head_step;
-    work_unit next = u;
-    if (unit + 1 < end) {
-      next = unit_at(plan, unit + 1, first_group);
-      load_operands<T>(g, plan, known[next.group], next, query_phi, &next_left);
-    }
-    copies_wait<STAGES - 1>();
-    __syncwarp();
-    if (facts.row < 0) {
+    char *const stage = shared + worked * STAGE_BYTES;
+    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * head_step;
+    if (facts.of.row < 0) {
       /* idle: nothing was asked for */
     } else if (u.kind == STATE_UNIT) {
       float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
       const bool folded = facts.folded >> u.which & 1;
-      if (folded) recall_quarter(left, own, sums);
+      if (folded) recall_quarter(stage, sums);
       if (g.stores_features && u.tile == 0)
-        keep_features(g, facts.batch, facts.first, facts.position, static_cast<int64_t>(group) * g.r + u.which,
-                      facts.kv_head * g.r + u.which);
+        keep_features(g, facts.of.batch, facts.of.first, facts.of.position,
+                      static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
       __syncthreads();
       if (folded && warp == 0) {
         float n[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
           float x[4];
-          load_floats<4>(reinterpret_cast<const float *>(own + w * QUARTER_BYTES) + threadIdx.x * 4, x);
+          load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
 #pragma unroll
           for (int e = 0; e < 4; e++) n[e] += x[e];
         }
@@ -529,52 +548,69 @@ __global__ void __launch_bounds__(THREADS, 2)
       }
       if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
     } else {
-      const int count = pairs_of(facts, u), newest = newest_of(facts, u);
+      const int count = pairs_of(facts, u);
       if (count > 0) {
         const bool sparse = u.kind == SPARSE_UNIT;
         const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-        const bool has_newest = newest >= 0 && newest < UNIT_PAIRS;
-        if (has_newest) {
-          keep_newest_pair(g, facts, u, own);
-          advance(g, plan, facts);
-        }
-        if (warp < warps) weigh_quarter<T>(g, left, heads, count, own, sums);
+        if (gathers && sparse) keep_entered(g, facts, u, stage + warp * QUARTER_BYTES);
+        if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
         __syncthreads();
         const tile_target to = {partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) +
                                     u.tile * stride,
                                 head_step};
-        merge_warps(plan, reinterpret_cast<const float *>(shared + stage * UNIT_BYTES), QUARTER_BYTES / 4, SUM_PITCH,
-                    sums, MATRIX_HEADS, warps, 0, heads, to);
+        merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS,
+                    warps, 0, heads, to);
       }
     }
-    __syncthreads(); /* the sums were read, the partial is written */
-    if (unit + STAGES < end) {
-      const work_unit ahead = unit_at(plan, unit + STAGES, first_group);
-      ask_unit(g, plan, known[ahead.group], ahead, own);
-    }
-    copies_end_group();
-
-    if (facts.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this (row, KV head) */
-      const unsigned group_begin = group * static_cast<unsigned>(plan.items),
+    work_unit next = u;
+    if (unit + 1 < end) next = unit_at(plan, unit + 1, first_group);
+    if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
+      const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
       bool merges = group_begin >= begin && group_end <= end;
+      __syncthreads(); /* the partials are written */
       if (!merges) {
         if (threadIdx.x == 0) {
-          const unsigned blocks = block_of(plan, group_end - 1) - block_of(plan, group_begin);
-          last = arrive(&counters[group]) == blocks;
-          if (last) counters[group] = 0;
+          const unsigned others = share.block_of(group_end - 1) - share.block_of(group_begin);
+          last = arrive(&counters[facts.group]) == others;
+          if (last) counters[facts.group] = 0;
         }
         __syncthreads();
         merges = last;
       }
-      const auto count_of = [&](int j) -> int64_t {
-        return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
-      };
-      if (merges) merge(g, plan, facts.batch, facts.first, facts.kv_head, facts.window_pairs, count_of, partials);
+      if (merges) {
+        const auto count_of = [&](int j) -> int64_t {
+          return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
+        };
+        merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
+        keep_newest_pair(g, plan, facts);
+      }
     }
     u = next;
-    left = next_left;
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    worked = worked + 1 == STAGES ? 0 : worked + 1;
+  }
+}
+
+template <typename T, int STAGES>
+__global__ void __launch_bounds__(THREADS, 2)
+    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
+                           const decode_rows ordered, unsigned *counters, const float *query_phi, float *scratch) {
+  extern __shared__ __align__(16) char shared[]; /* STAGES units */
+  lola_device_start_next();
+  const unit_share all(g, plan, 0, g.B);
+  if (threadIdx.x < STAGES && all.begin(blockIdx.x) + threadIdx.x < all.begin(blockIdx.x + 1))
+    prefetch_unit(g, plan, all.begin(blockIdx.x) + threadIdx.x);
+  /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
+  if (plan.awaits) lola_device_await_previous();
+  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain));
+#pragma unroll 1
+  for (int updated = 0; updated < 2; updated++) {
+    if (updated) {
+      lola_device_await_previous();
+      __syncthreads(); /* what is known of the rows before was read */
+    }
+    const unit_share share(g, plan, updated ? plain : 0, updated ? g.B - plain : plain);
+    work_on<T, STAGES>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
   }
 }
 
@@ -595,12 +631,30 @@ template <auto KERNEL> cudaError_t allow_shared(int64_t bytes, int device) {
   return error;
 }
 
+/* Where a step's scratch lies. */
+struct scratch_places {
+  unsigned *counters;
+  decode_rows ordered;
+  float *phi, *partials;
+};
+
+scratch_places places_in(void *scratch, const lola_device_segment &g) {
+  char *const counters = static_cast<char *>(scratch);
+  char *const rows = counters + counter_bytes(static_cast<int64_t>(g.B) * g.Hkv);
+  char *const phi = rows + rows_bytes(g.B);
+  scratch_places places;
+  places.counters = reinterpret_cast<unsigned *>(counters);
+  places.ordered.rows = reinterpret_cast<decode_row *>(rows);
+  places.ordered.plain = reinterpret_cast<int *>(places.ordered.rows + g.B);
+  places.phi = reinterpret_cast<float *>(phi);
+  places.partials = reinterpret_cast<float *>(phi + phi_bytes(static_cast<int64_t>(g.B) * g.Hq, g.F));
+  return places;
+}
+
 struct launch_arguments {
   const lola_device_segment *segment;
   decode_plan plan;
-  unsigned *counters;
-  const float *phi;
-  float *partials;
+  scratch_places scratch;
   unsigned blocks;
   bool is_long;
   cudaStream_t stream;
@@ -610,7 +664,7 @@ template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device)
   const cudaError_t error = allow_shared<KERNEL>(a.plan.shared_bytes, device);
   if (error != cudaSuccess) return error;
   return lola_cuda_launch_chained(KERNEL, a.blocks, THREADS, a.plan.shared_bytes, a.stream, *a.segment, a.plan,
-                                  a.counters, a.phi, a.partials);
+                                  a.scratch.ordered, a.scratch.counters, a.scratch.phi, a.scratch.partials);
 }
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
@@ -654,6 +708,15 @@ bool rows_are_aligned(const lola_array &array) {
          array.stride_t * item % PIECE == 0 && array.stride_h * item % PIECE == 0;
 }
 
+plan_sizes sizes_of(const lola_device_segment &g) {
+  return plan_sizes{g.r, g.S / g.Hkv, g.D, g.Dv, g.F, g.R, g.L, g.dtype};
+}
+
+/* Halves of float16 do not hold every q of another type, those of bfloat16 do. */
+bool uses_matrix(const lola_device_segment &g) {
+  return fits_matrix(sizes_of(g)) && (g.dtype == LOLA_BFLOAT16 || g.q.dtype == g.dtype);
+}
+
 lola_status too_large(const lola_device_segment &g, int64_t bytes, int most, lola_message *message) {
   return lola_fail(
       message, LOLA_VALUE_ERROR,
@@ -669,39 +732,18 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
                    cudaGetErrorString(error));
 }
 
-/* Where a step's scratch lies. */
-struct scratch_places {
-  unsigned *counters;
-  float *phi, *partials;
-};
-
-scratch_places places_in(void *scratch, const lola_device_segment &g) {
-  char *at = static_cast<char *>(scratch);
-  const int64_t counters = counter_bytes(static_cast<int64_t>(g.B) * g.Hkv),
-                phi = phi_bytes(static_cast<int64_t>(g.B) * g.Hq, g.F);
-  return {reinterpret_cast<unsigned *>(at), reinterpret_cast<float *>(at + counters),
-          reinterpret_cast<float *>(at + counters + phi)};
-}
-
-/* Even runs of units: every slot of the device has one, as long as no run touches more than MOST_GROUPS groups. */
-void share_units(int64_t groups, const device_limits &limits, decode_plan *p, int64_t *blocks) {
-  constexpr int STATIC_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 1024;
-  const int64_t units = groups * p->items;
-  p->pipeline = 3 * UNIT_BYTES + STATIC_BYTES <= limits.processor_bytes / 2 ||
-                        limits.processor_bytes < 2 * (2 * UNIT_BYTES + STATIC_BYTES)
-                    ? 3
-                    : 2;
-  if (p->pipeline * UNIT_BYTES + STATIC_BYTES > limits.shared_bytes) p->pipeline = 2;
-  p->shared_bytes = p->pipeline * UNIT_BYTES;
-  const int per_processor = limits.processor_bytes / (static_cast<int>(p->shared_bytes) + STATIC_BYTES);
-  int64_t count = static_cast<int64_t>(limits.processors) * (per_processor < 2 ? 1 : 2);
-  const int64_t least = divided_up(groups, MOST_GROUPS - 2);
-  if (count < least) count = least;
-  if (count > units) count = units;
-  p->units = static_cast<unsigned>(units);
-  p->run = static_cast<unsigned>(units / count);
-  p->longer_runs = static_cast<unsigned>(units % count);
-  *blocks = count;
+/* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
+ * groups. Two on a multiprocessor, if that leaves both three stages, or there is not even room for two. */
+int64_t pipeline_blocks(int64_t groups, const device_limits &limits, decode_plan *p) {
+  constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 1024;
+  const auto fit = [&](int stages) { return limits.processor_bytes / (stages * STAGE_BYTES + OTHER_BYTES); };
+  p->pipeline = fit(3) >= 2 || fit(2) < 2 ? 3 : 2;
+  if (p->pipeline * STAGE_BYTES + OTHER_BYTES > limits.shared_bytes) p->pipeline = 2;
+  p->shared_bytes = p->pipeline * STAGE_BYTES;
+  int64_t blocks = static_cast<int64_t>(limits.processors) * (fit(p->pipeline) < 2 ? 1 : 2);
+  const int64_t least = divided_up(groups, MOST_GROUPS - 2), units = groups * p->items;
+  if (blocks < least) blocks = least;
+  return blocks < units ? blocks : units;
 }
 
 } // namespace
@@ -722,7 +764,12 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(groups) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
+  return counter_bytes(groups) + rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) +
+         groups * floats * 4;
+}
+
+int lola_cuda_decode_commits(const lola_device_segment *segment) {
+  return uses_matrix(*segment) && fits_pipeline(sizes_of(*segment)) && !segment->stores_features;
 }
 
 lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const call_rows &rows, void *scratch,
@@ -738,6 +785,7 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
   plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
+  plan.query_vector = g.D % 8 == 0 && rows_are_aligned(g.q);
   const bool reads_q = !g.stores_features, projects = reads_q && has_weights(g.map);
   plan.parts = projects ? divided_up(M, static_cast<int64_t>(plan.weight_vector) << plan.weight_shift) * THREADS *
                               plan.weight_vector
@@ -751,15 +799,14 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   const int64_t bytes = rows_of_block * row_floats * 4;
   if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
   plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
-  plan.span_blocks = static_cast<int>(divided_up(g.B, THREADS));
-  const int64_t heads = g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq;
-  const int64_t blocks = plan.span_blocks + heads * plan.blocks;
+  const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
   if (blocks > INT64_C(0x7fffffff))
     return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large for one decoding step: pass fewer rows",
                      g.B);
-  float *phi = places_in(scratch, g).phi;
+  const scratch_places places = places_in(scratch, g);
   const auto queue = [&](auto kernel) {
-    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, phi);
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan,
+                                    places.ordered, places.phi);
   };
   if (many) {
     error = queue(decode_queries_kernel<MANY_ROWS>);
@@ -770,15 +817,13 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   return launched(error, "decode_queries", message);
 }
 
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
+lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
                              lola_message *message) {
   const lola_device_segment &g = *segment;
   const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv;
   if (!groups) return LOLA_OK;
-  const plan_sizes sizes = {g.r, g.S / g.Hkv, g.D, g.Dv, g.F, g.R, g.L, g.dtype};
-  /* Halves of float16 do not hold every q of another type, those of bfloat16 do. */
-  const bool matrix = fits_matrix(sizes) && (g.dtype == LOLA_BFLOAT16 || g.q.dtype == g.dtype);
-  decode_plan plan = plan_of(sizes, matrix);
+  const plan_sizes sizes = sizes_of(g);
+  decode_plan plan = plan_of(sizes, uses_matrix(g));
   int device = 0;
   device_limits limits = {};
   cudaError_t error = cudaGetDevice(&device);
@@ -792,9 +837,11 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   int64_t blocks = groups * plan.items;
   plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
   if (plan.pipeline)
-    share_units(groups, limits, &plan, &blocks);
+    blocks = pipeline_blocks(groups, limits, &plan);
   else
     place_shared(sizes, &plan);
+  plan.awaits = !updated;
+  plan.gathers = lola_cuda_decode_commits(segment);
   if (plan.shared_bytes + 64 > limits.shared_bytes)
     return too_large(g, plan.shared_bytes, limits.shared_bytes, message);
   plan.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
@@ -809,10 +856,8 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   plan.by_C = divisor_of(g.C);
   plan.by_R = divisor_of(g.R);
   plan.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
-  const scratch_places places = places_in(scratch, g);
-  const launch_arguments a = {
-      segment,        plan,  places.counters, places.phi, places.partials, static_cast<unsigned>(blocks),
-      is_long(sizes), stream};
+  const launch_arguments a = {segment,        plan,  places_in(scratch, g), static_cast<unsigned>(blocks),
+                              is_long(sizes), stream};
   error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
           : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
                                     : launch_items<__nv_bfloat16>(a, device);

@@ -47,17 +47,31 @@ struct decode_plan {
   int64_t items; /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
   int64_t slots; /* partials per query head */
   divisor by_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
-  int small_sizes;                  /* C, R and W fit 31 bits */
-  int state_vector, state_shift;    /* floats of H a thread copies at once; threads that share a row of H, base 2 */
-  int state_stages;                 /* stages of H when it is even (decode_state.cuh), otherwise 0 */
-  int cache_aligned, call_aligned;  /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
-  int query_aligned;                /* rows of q do, and q has the cache's type */
-  int prefetch;                     /* the grid is small: ask for everything at once, before it is known to be needed */
-  unsigned units, run, longer_runs; /* of the pipeline: all; of a block, and one more of the first so many blocks */
+  int small_sizes;                 /* C, R and W fit 31 bits */
+  int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
+  int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
+  int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
+  int query_aligned;               /* rows of q do, and q has the cache's type */
+  int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
+  int awaits;                      /* the pipeline follows its queries at once, which may still be under way */
+  int gathers; /* it reads pairs that enter the sparse cache from the window ring, and commits them to their slots */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
   int newest_at;
   int reduce_at, phi_at; /* of a hidden state */
   int64_t shared_bytes;
+};
+
+/* A row as the step's first kernel finds it. */
+struct decode_row {
+  int64_t batch, first, position; /* of its token */
+  int row;                        /* -1: idle */
+  int window_pairs, window_slot;  /* with the newest; ring slot of the first */
+};
+
+/* All rows: those that this step updates come last. */
+struct decode_rows {
+  decode_row *rows;
+  int *plain; /* how many come before them */
 };
 
 /* --- copies ------------------------------------------------------------------------------------------ */
@@ -160,6 +174,25 @@ __device__ __forceinline__ float add_groups(const float *from, int count, int st
 
 /* exp2(a - b) where a <= b; 0 for a = -inf, even beside b = -inf. */
 __device__ __forceinline__ float weight_below(float a, float b) { return exp2f(a - fmaxf(b, -3e38f)); }
+
+/* Eight 16-bit numbers. */
+__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __half *) {
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] & 0xffffu)));
+    x[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
+  }
+}
+
+__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __nv_bfloat16 *) {
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
 
 /* --- a tile of pairs --------------------------------------------------------------------------------- */
 

@@ -23,24 +23,6 @@ __device__ __forceinline__ void unpack(uint4 v, float (&x)[4], const float *) {
   x[3] = __uint_as_float(v.w);
 }
 
-__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __half *) {
-  const unsigned words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    x[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] & 0xffffu)));
-    x[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
-  }
-}
-
-__device__ __forceinline__ void unpack(uint4 v, float (&x)[8], const __nv_bfloat16 *) {
-  const unsigned words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
 /* Sums N values over the lanes that differ in the bits OFFSET .. LAST: at each step a lane hands half of its values
  * over and keeps the other half (the upper one where its bit is set), until one is left. */
 template <int N, int OFFSET, int LAST> __device__ __forceinline__ void sum_lanes(float *x, int lane) {

@@ -1,10 +1,13 @@
 /* Decoding for 16-bit caches with D = Dv = 128, as one stream of bytes: a block takes a run of units, each of 32 KB,
  * one after the other, and always has the next STAGES - 1 of them under way (cp.async), whatever it is doing.
+ * What the products have on the left, q or phi(q), comes along with the unit: where so much is under way, nothing comes
+ * at once.
  *
  * A unit is 64 pairs of a sparse cache or of a window, or 64 rows of a hidden state. Units are numbered through all
- * (row, KV head), those of one side by side; each block has an even share. A warp copies and works on a quarter of a
- * unit: whole runs of 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts. A unit leaves a partial
- * as decode.cu says, so it does not matter which block worked on it.
+ * (row, KV head), those of one side by side; each block has an even share. Rows that the step updates are shared out
+ * apart, after the others, and it is only for them that a block waits for the update's kernels. A warp copies and works
+ * on a quarter of a unit: whole runs of 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts. A
+ * unit leaves a partial as decode.cu says, so it does not matter which block worked on it.
  *
  * Pairs are on the right of products on the matrix units, as in decode_matrix.cuh: S = Q K^T, P = exp2(S - max),
  * O = P V; on the left rows 0-7 are the 16-bit halves `hi` of q, or of P, rows 8-15 what rounding left over. Lane
@@ -22,7 +25,10 @@ constexpr int WIDE = 128;           /* D and Dv */
 constexpr int ROW_BYTES = 2 * WIDE; /* of a key or a value */
 constexpr int UNIT_PAIRS = 64;      /* and rows of a state */
 constexpr int QUARTER = UNIT_PAIRS / WARPS;
-constexpr int QUARTER_BYTES = 2 * QUARTER * ROW_BYTES, UNIT_BYTES = WARPS * QUARTER_BYTES;
+constexpr int QUARTER_BYTES = 2 * QUARTER * ROW_BYTES;
+/* In a stage, behind the quarters: halves of q, then what they leave over; or 64 features, then s of them. */
+constexpr int QUERIES_AT = WARPS * QUARTER_BYTES, REST_AT = QUERIES_AT + MATRIX_HEADS * ROW_BYTES;
+constexpr int STAGE_BYTES = REST_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int SUM_PITCH = WIDE + 8; /* floats of a head's sums in shared memory */
 constexpr int MOST_GROUPS = 24;     /* that a block's run touches */
 static_assert(QUARTER * WIDE * 4 == QUARTER_BYTES, "a quarter holds as many rows of a state as pairs");
@@ -30,14 +36,13 @@ static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER_BYTES, "sums take the plac
 
 /* What a block knows of a (row, KV head), looked up once. */
 struct group_facts {
-  int64_t batch, first, position; /* of the row's token */
-  int row, kv_head;               /* row -1: idle */
-  int window_pairs, window_slot;  /* with the newest; ring slot of the first */
-  unsigned folded;                /* a bit per query head: there is a state to read */
-  int counts[MATRIX_HEADS];       /* sparse pairs of each set */
+  decode_row of; /* row -1: idle, and nothing else is known */
+  int kv_head;
+  unsigned group;           /* row * Hkv + kv_head */
+  unsigned folded;          /* a bit per query head: there is a state to read */
+  int ring_slot;            /* of the newest pair */
+  int counts[MATRIX_HEADS]; /* sparse pairs of each set */
 };
-
-constexpr int FACTS_BYTES = MOST_GROUPS * static_cast<int>(sizeof(group_facts));
 
 enum unit_kind { STATE_UNIT, SPARSE_UNIT, WINDOW_UNIT };
 
@@ -72,19 +77,19 @@ __device__ __forceinline__ work_unit unit_at(const decode_plan &plan, unsigned i
 
 /* Pairs of a unit that exist; may be negative. */
 __device__ __forceinline__ int pairs_of(const group_facts &facts, const work_unit &u) {
-  const int pairs = u.kind == SPARSE_UNIT ? facts.counts[u.which] : facts.window_pairs;
+  const int pairs = u.kind == SPARSE_UNIT ? facts.counts[u.which] : facts.of.window_pairs;
   return min(pairs - u.tile * UNIT_PAIRS, UNIT_PAIRS);
 }
 
 /* Of a window's unit, which pair is the newest; negative or too large where none is. */
 __device__ __forceinline__ int newest_of(const group_facts &facts, const work_unit &u) {
-  return u.kind == WINDOW_UNIT ? facts.window_pairs - 1 - u.tile * UNIT_PAIRS : -1;
+  return u.kind == WINDOW_UNIT ? facts.of.window_pairs - 1 - u.tile * UNIT_PAIRS : -1;
 }
 
 /* The first slot of a (row, set) or (row, KV head). */
 __device__ __forceinline__ int64_t first_slot(const lola_device_segment &g, const group_facts &facts,
                                               const work_unit &u) {
-  const int64_t group = static_cast<int64_t>(facts.row) * g.Hkv + facts.kv_head;
+  const int64_t group = facts.group;
   return u.kind == SPARSE_UNIT ? (group * (g.S / g.Hkv) + u.which) * g.L : group * g.R;
 }
 
@@ -92,7 +97,7 @@ __device__ __forceinline__ int slot_in(const lola_device_segment &g, const group
                                        int pair) {
   int slot = u.tile * UNIT_PAIRS + pair;
   if (u.kind == WINDOW_UNIT) {
-    slot += facts.window_slot;
+    slot += facts.of.window_slot;
     if (slot >= static_cast<int>(g.R)) slot -= static_cast<int>(g.R);
   }
   return slot;
@@ -106,6 +111,14 @@ __device__ __forceinline__ int value_place(int row, int piece) {
   return QUARTER * ROW_BYTES + row * ROW_BYTES + (piece ^ (row & 6)) * PIECE;
 }
 
+/* Ring slot of the pair that entered the sparse cache's slot in this step, -1 where it held it before. */
+__device__ __forceinline__ int entered_from(const lola_device_segment &g, const group_facts &facts, int64_t slot) {
+  const int code = __ldcg(g.slot_source + slot);
+  if (code < 0) return -1;
+  const int from = facts.ring_slot + code;
+  return from < static_cast<int>(g.R) ? from : from - static_cast<int>(g.R);
+}
+
 /* 16 bytes of the call's own key or value. */
 __device__ __forceinline__ void copy_newest(void *to, const char *from, bool aligned) {
   if (aligned) {
@@ -117,90 +130,135 @@ __device__ __forceinline__ void copy_newest(void *to, const char *from, bool ali
   for (int e = 0; e < 8; e++) static_cast<uint16_t *>(to)[e] = x[e];
 }
 
-/* Asks for this warp's quarter of a unit. */
-__device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
-                                         const group_facts &facts, const work_unit &u, char *quarter) {
-  if (facts.row < 0) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (u.kind == STATE_UNIT) {
-    if (!(facts.folded >> u.which & 1)) return;
-    const int64_t state = (static_cast<int64_t>(facts.row) * g.Hkv + facts.kv_head) * g.r + u.which;
-    const float *from = g.hidden + (state * g.F + u.tile * UNIT_PAIRS + warp * QUARTER) * WIDE + lane * 4;
-#pragma unroll
-    for (int i = 0; i < QUARTER; i++) copy_async<16>(quarter + (i * 32 + lane) * PIECE, from + i * WIDE);
-    return;
-  }
+/* Asks for this warp's quarter of a unit. ENTERED: pairs that enter the sparse cache come from the window ring. */
+template <bool ENTERED>
+__device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const decode_plan &plan,
+                                          const group_facts &facts, const work_unit &u, char *quarter) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16;
   const int count = pairs_of(facts, u), newest = newest_of(facts, u);
   if (warp * QUARTER >= count) return;
-  const int64_t first = first_slot(g, facts, u);
-  const char *keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
-  const char *values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
-  const int piece = lane % 16;
+  const int64_t first = first_slot(g, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
+  const char *const keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
+  const char *const values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
+  int entered[QUARTER / 2];
+#pragma unroll
+  for (int i = 0; i < QUARTER / 2; i++) {
+    const int pair = warp * QUARTER + 2 * i + lane / 16;
+    entered[i] = ENTERED && pair < count ? entered_from(g, facts, first + slot_in(g, facts, u, pair)) : -1;
+  }
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
     const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
     const bool there = pair < count;
-    const int64_t at = (first + (there ? slot_in(g, facts, u, pair) : 0)) * ROW_BYTES + piece * PIECE;
-    if (pair == newest) {
-      copy_newest(quarter + key_place(row, piece),
-                  lola_device_at(g.k, facts.batch, facts.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
-      copy_newest(quarter + value_place(row, piece),
-                  lola_device_at(g.v, facts.batch, facts.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
+    const char *key = keys, *value = values;
+    int64_t at = first + (there ? slot_in(g, facts, u, pair) : 0);
+    if (ENTERED && entered[i] >= 0) {
+      key = static_cast<const char *>(g.window_keys);
+      value = static_cast<const char *>(g.window_values);
+      at = ring + entered[i];
+    }
+    at = at * ROW_BYTES + piece * PIECE;
+    if (!ENTERED && pair == newest) {
+      key = lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE;
+      value = lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE;
+      copy_newest(quarter + key_place(row, piece), key, plan.call_aligned);
+      copy_newest(quarter + value_place(row, piece), value, plan.call_aligned);
     } else {
-      copy_or_zero(quarter + key_place(row, piece), keys + at, there);
-      copy_or_zero(quarter + value_place(row, piece), values + at, there);
+      copy_or_zero(quarter + key_place(row, piece), key + at, there);
+      copy_or_zero(quarter + value_place(row, piece), value + at, there);
     }
   }
 }
 
-/* What a unit's products have on the left, in registers a unit ahead: q in halves, or phi(q) and s. */
-struct unit_operands {
-  uint4 hi[4], lo[4]; /* of a state: 16 features in hi */
-  float s;            /* of a state: lane i < 16 has that of row i */
-};
-
-__device__ __forceinline__ uint4 as_words(float4 x) {
-  return make_uint4(__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w));
+/* Where piece `piece` of a head's q lies in shared memory. */
+__device__ __forceinline__ int query_place(int head, int piece) {
+  return head * ROW_BYTES + (piece ^ (head & 1) * 4) * PIECE;
 }
 
+/* Asks for q of the heads that a unit of pairs serves. */
 template <typename T>
-__device__ __forceinline__ void load_operands(const lola_device_segment &g, const decode_plan &plan,
-                                              const group_facts &facts, const work_unit &u, const float *query_phi,
-                                              unit_operands *left) {
-  if (facts.row < 0) return;
-  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-  if (u.kind == STATE_UNIT) {
-    if (!(facts.folded >> u.which & 1)) return;
-    const int64_t state = (static_cast<int64_t>(facts.row) * g.Hkv + facts.kv_head) * g.r + u.which;
-    const int64_t at = state * g.F + u.tile * UNIT_PAIRS + warp * QUARTER;
-#pragma unroll
-    for (int j = 0; j < 4; j++) left->hi[j] = as_words(__ldcg(reinterpret_cast<const float4 *>(query_phi + at) + j));
-    left->s = threadIdx.x % 32 < QUARTER ? g.normalizer[at + threadIdx.x % 32] : 0;
+__device__ __forceinline__ void ask_queries(const lola_device_segment &g, const decode_plan &plan,
+                                            const group_facts &facts, const work_unit &u, char *stage) {
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int heads = sparse ? g.rs : g.r, head = static_cast<int>(threadIdx.x) / 16, piece = threadIdx.x % 16;
+  static_assert(THREADS / 16 == MATRIX_HEADS, "a thread has a piece of q");
+  if (head >= heads) return;
+  const int own = facts.kv_head * g.r + (sparse ? u.which * g.rs : 0) + head;
+  if (plan.query_aligned) {
+    copy_async<16>(stage + QUERIES_AT + query_place(head, piece),
+                   lola_device_at(g.q, facts.of.batch, facts.of.first, own) + piece * PIECE);
     return;
   }
-  const int heads = u.kind == SPARSE_UNIT ? g.rs : g.r;
-  /* Rows without a head repeat the last one; nobody reads their sums. */
-  const int head = facts.kv_head * g.r + (u.kind == SPARSE_UNIT ? u.which * g.rs : 0) + min(row, heads - 1);
   lola_device_span span;
-  span.batch = facts.batch;
-  span.first = facts.first;
+  span.batch = facts.of.batch;
+  span.first = facts.of.first;
+  const query_chunk c = load_query<T>(g, plan, span, own, piece);
+  *reinterpret_cast<uint4 *>(stage + QUERIES_AT + query_place(head, piece)) = c.hi;
+  *reinterpret_cast<uint4 *>(stage + REST_AT + query_place(head, piece)) = c.lo;
+}
+
+/* Asks for a unit and what its products have on the left; a warp for its quarter. */
+template <typename T>
+__device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
+                                         const group_facts &facts, const work_unit &u, bool gathers,
+                                         const float *query_phi, char *stage) {
+  if (facts.of.row < 0) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  char *const quarter = stage + warp * QUARTER_BYTES;
+  if (u.kind != STATE_UNIT) {
+    ask_queries<T>(g, plan, facts, u, stage);
+    if (gathers && u.kind == SPARSE_UNIT)
+      ask_pairs<true>(g, plan, facts, u, quarter);
+    else
+      ask_pairs<false>(g, plan, facts, u, quarter);
+    return;
+  }
+  if (!(facts.folded >> u.which & 1)) return;
+  const int64_t first = (static_cast<int64_t>(facts.group) * g.r + u.which) * g.F + u.tile * UNIT_PAIRS;
+  const float *const from = g.hidden + (first + warp * QUARTER) * WIDE + lane * 4;
+  if (threadIdx.x < 32) { /* 16 pieces of features, as many of s */
+    const float *const left = (lane < 16 ? query_phi : g.normalizer) + first + lane % 16 * 4;
+    copy_async<16>(stage + (lane < 16 ? QUERIES_AT : REST_AT) + lane % 16 * PIECE, left);
+  }
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const query_chunk c = load_query<T>(g, plan, span, head, 4 * j + quad);
-    left->hi[j] = c.hi;
-    left->lo[j] = c.lo;
+  for (int i = 0; i < QUARTER; i++) copy_async<16>(quarter + (i * 32 + lane) * PIECE, from + i * WIDE);
+}
+
+/* Pairs that entered the sparse cache, from where their lanes copied them, into their slots. */
+__device__ __forceinline__ void keep_entered(const lola_device_segment &g, const group_facts &facts, const work_unit &u,
+                                             const char *quarter) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16, count = pairs_of(facts, u);
+  const int64_t first = first_slot(g, facts, u);
+#pragma unroll
+  for (int i = 0; i < QUARTER / 2; i++) {
+    const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
+    if (pair >= count) break;
+    const int64_t slot = first + slot_in(g, facts, u, pair);
+    if (entered_from(g, facts, slot) < 0) continue;
+    const int64_t at = slot * ROW_BYTES + piece * PIECE;
+    *reinterpret_cast<uint4 *>(static_cast<char *>(g.sparse_keys) + at) =
+        *reinterpret_cast<const uint4 *>(quarter + key_place(row, piece));
+    *reinterpret_cast<uint4 *>(static_cast<char *>(g.sparse_values) + at) =
+        *reinterpret_cast<const uint4 *>(quarter + value_place(row, piece));
   }
 }
 
 /* Softmax sums of this warp's quarter, into its place and `sums`. */
 template <typename T>
-__device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, const unit_operands &left, int heads,
-                                              int count, char *quarter, float *sums) {
+__device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, const decode_plan &plan, int heads,
+                                              int count, char *stage, float *sums) {
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  char *const quarter = stage + warp * QUARTER_BYTES;
+  /* Rows without a head repeat the last one; nobody reads their sums. */
+  const char *const queries = stage + QUERIES_AT;
+  const int head = min(row, heads - 1);
   float s[2][2][4] = {};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const uint4 hi = left.hi[j], lo = left.lo[j];
+    const int place = query_place(head, 4 * j + quad);
+    const uint4 hi = *reinterpret_cast<const uint4 *>(queries + place);
+    uint4 lo = make_uint4(0, 0, 0, 0);
+    if (!plan.query_aligned) lo = *reinterpret_cast<const uint4 *>(queries + (REST_AT - QUERIES_AT) + place);
     const unsigned a0[4] = {hi.x, lo.x, hi.y, lo.y}, a1[4] = {hi.z, lo.z, hi.w, lo.w};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -266,35 +324,28 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   }
 }
 
-/* N of this warp's quarter into its place, and the four columns of a lane side by side; its part of z into `sums`. */
-__device__ __forceinline__ void recall_quarter(const unit_operands &left, char *quarter, float *sums) {
+/* N of this warp's quarter into its place, the four columns of a lane side by side; its part of z into `sums`. */
+__device__ __forceinline__ void recall_quarter(char *stage, float *sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float n[4] = {0, 0, 0, 0}, z = 0;
+  char *const quarter = stage + warp * QUARTER_BYTES;
+  const float *const phi = reinterpret_cast<const float *>(stage + QUERIES_AT) + warp * QUARTER;
+  const float *const s = reinterpret_cast<const float *>(stage + REST_AT) + warp * QUARTER;
+  float n[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < QUARTER; i++) {
-    const uint4 four = left.hi[i / 4];
-    const float f = __uint_as_float(i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w);
-    float x[4];
-    load_floats<4>(reinterpret_cast<const float *>(quarter + (i * 32 + lane) * PIECE), x);
+  for (int i = 0; i < QUARTER; i += 4) {
+    float f[4];
+    load_floats<4>(phi + i, f);
 #pragma unroll
-    for (int e = 0; e < 4; e++) n[e] = fmaf(f, x[e], n[e]);
-    if (lane == i) z = f * left.s;
+    for (int j = 0; j < 4; j++) {
+      float x[4];
+      load_floats<4>(reinterpret_cast<const float *>(quarter + ((i + j) * 32 + lane) * PIECE), x);
+#pragma unroll
+      for (int e = 0; e < 4; e++) n[e] = fmaf(f[j], x[e], n[e]);
+    }
   }
-  z = warp_sum(z);
+  const float z = warp_sum(lane < QUARTER ? phi[lane] * s[lane] : 0);
   store_floats<4>(reinterpret_cast<float *>(quarter) + lane * 4, n); /* where this lane alone has read */
   if (lane == 0) sums[warp] = z;
-}
-
-/* The newest pair, from where its lanes copied it, into its ring slot. */
-__device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, const group_facts &facts,
-                                                 const work_unit &u, const char *quarter) {
-  const int newest = newest_of(facts, u), row = newest % QUARTER, lane = threadIdx.x % 32, piece = lane % 16;
-  if (static_cast<int>(threadIdx.x) / 32 != newest / QUARTER || lane / 16 != row % 2) return;
-  const int64_t at = (first_slot(g, facts, u) + slot_in(g, facts, u, newest)) * ROW_BYTES + piece * PIECE;
-  *reinterpret_cast<uint4 *>(static_cast<char *>(g.window_keys) + at) =
-      *reinterpret_cast<const uint4 *>(quarter + key_place(row, piece));
-  *reinterpret_cast<uint4 *>(static_cast<char *>(g.window_values) + at) =
-      *reinterpret_cast<const uint4 *>(quarter + value_place(row, piece));
 }
 
 } // namespace

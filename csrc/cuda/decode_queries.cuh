@@ -1,4 +1,4 @@
-/* phi(q) of every (row, query head) and the rows' spans, before anything else of a decoding step.
+/* phi(q) of every (row, query head), the rows' spans and their order, before anything else of a decoding step.
  *
  * A block takes one head and up to ROWS rows, so that a large batch reads the feature map's weights (D x M float32,
  * from L2) once for several rows. Sums are in an order that is fixed by the sizes alone: a row's features have the same
@@ -9,17 +9,18 @@
 #include "chain.cuh"
 #include "decode.cuh"
 #include "plan.cuh"
+#include "scan.cuh"
 
 namespace {
 
 constexpr int ROWS_AHEAD = 16; /* rows of the weights that one thread has under way */
-constexpr int MANY_ROWS = 8;   /* rows of a block, where there are many */
+constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
 constexpr float FEATURE_FLOOR = 1e-12f;
 
 struct query_plan {
-  int blocks;                      /* of rows, per head */
-  int span_blocks;                 /* that write spans; then come those of head 0, 1, ... */
+  int blocks;                      /* of rows, per head; before those of head 0 comes one that writes spans */
   int weight_vector, weight_shift; /* floats of the weights that a thread loads at once; threads of a row, base 2 */
+  int query_vector;                /* rows of q are whole pieces of 16 bytes */
   int x_at, phi_at;                /* shared memory, offsets in floats; at 0 the sums of groups of threads */
   int64_t parts;                   /* floats of those, for one row */
 };
@@ -47,6 +48,28 @@ template <int VECTOR> __device__ __forceinline__ void load_weights(const float *
   } else {
     w[0] = __ldcg(from);
   }
+}
+
+/* Elements 8 piece .. 8 piece + 7 of a row that begins at a multiple of 16 bytes. */
+__device__ __forceinline__ void load_eight(const char *row, int piece, lola_dtype dtype, float (&x)[8]) {
+  if (dtype == LOLA_FLOAT32) {
+    const float4 *from = reinterpret_cast<const float4 *>(row) + 2 * piece;
+    const float4 low = from[0], high = from[1];
+    x[0] = low.x;
+    x[1] = low.y;
+    x[2] = low.z;
+    x[3] = low.w;
+    x[4] = high.x;
+    x[5] = high.y;
+    x[6] = high.z;
+    x[7] = high.w;
+    return;
+  }
+  const uint4 v = reinterpret_cast<const uint4 *>(row)[piece];
+  if (dtype == LOLA_FLOAT16)
+    unpack(v, x, static_cast<const __half *>(nullptr));
+  else
+    unpack(v, x, static_cast<const __nv_bfloat16 *>(nullptr));
 }
 
 /* x W of ROWS rows, x (ROWS, D), W (D, M): column m of row q is the sum of `groups` parts, see `column`. `stage` writes
@@ -124,23 +147,81 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   for (int j = lane; j < M; j += 32) phi[j] = finish_feature(kept[j] * scale, FEATURE_FLOOR, round);
 }
 
+/* The window of a row, with the newest pair, as decode_row has it. */
+__device__ __forceinline__ decode_row describe(const lola_device_segment &g, const lola_device_span &span, int row) {
+  const int64_t start = span.position / g.C * g.C - g.W, first = start > 0 ? start : 0;
+  decode_row d;
+  d.batch = span.batch;
+  d.first = span.first;
+  d.position = span.position;
+  d.row = span.tokens ? row : -1;
+  d.window_pairs = static_cast<int>(span.position + 1 - first);
+  d.window_slot = static_cast<int>(first % g.R);
+  return d;
+}
+
+__device__ __forceinline__ bool is_updated(const lola_device_segment &g, const lola_device_span &span) {
+  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
+  return leaving.end > leaving.first;
+}
+
+/* Spans, and the rows in order, by one block. */
+__device__ __forceinline__ void write_rows(const lola_device_segment &g, const call_rows &rows,
+                                           const decode_rows &ordered) {
+  __shared__ int counts[WARPS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int plain = 0;
+#pragma unroll 1
+  for (int base = 0; base < g.B; base += THREADS) {
+    const int row = base + static_cast<int>(threadIdx.x);
+    bool counted = false;
+    if (row < g.B) {
+      const lola_device_span span = span_of(g, rows, row, 0, 1);
+      counted = !is_updated(g, span);
+      g.spans[row] = span;
+    }
+    plain += __syncthreads_count(counted);
+  }
+  if (threadIdx.x == 0) *ordered.plain = plain;
+  int before = 0; /* plain rows of those before `base` */
+#pragma unroll 1
+  for (int base = 0; base < g.B; base += THREADS) {
+    const int row = base + static_cast<int>(threadIdx.x);
+    lola_device_span span = {};
+    if (row < g.B) span = g.spans[row]; /* this thread's own */
+    const bool counted = row < g.B && !is_updated(g, span);
+    const unsigned bits = __ballot_sync(ALL, counted);
+    if (lane == 0) counts[warp] = __popc(bits);
+    __syncthreads();
+    int all = 0, own = before + __popc(bits & ((1u << lane) - 1));
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      if (w < warp) own += counts[w];
+      all += counts[w];
+    }
+    if (row < g.B) ordered.rows[counted ? own : plain + row - own] = describe(g, span, row);
+    before += all;
+    __syncthreads();
+  }
+}
+
 /* phi (B, Hq, F) float32, of rows that are not idle. */
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, float *phi) {
+                          const __grid_constant__ query_plan plan, decode_rows ordered, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
-  const int block = static_cast<int>(blockIdx.x) - plan.span_blocks, head = block < 0 ? 0 : block / plan.blocks;
+  const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
   const bool hedgehog = is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
   if (block >= 0 && threadIdx.x == 0 && plan.weight_vector == 4 && has_weights(g.map))
     prefetch(weights, static_cast<int64_t>(D) * M * 4);
   lola_device_await_previous();
+  lola_device_start_next();
   if (block < 0) {
-    const int row = static_cast<int>(blockIdx.x) * THREADS + threadIdx.x;
-    if (row < g.B) g.spans[row] = span_of(g, rows, row, 0, 1);
+    write_rows(g, rows, ordered);
     return;
   }
   if (threadIdx.x < ROWS) {
@@ -166,7 +247,17 @@ __global__ void __launch_bounds__(THREADS)
   }
   float *parts = query_memory, *x = query_memory + plan.x_at;
   const auto stage = [&] {
-#pragma unroll 4
+    if (plan.query_vector) { /* all of it at once: loads that follow one another would take longer than the rest */
+#pragma unroll 1
+      for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        const int q = ROWS == 1 ? 0 : i / (D / 8), piece = i - q * (D / 8);
+        float eight[8] = {};
+        if (batch[q] >= 0) load_eight(lola_device_at(g.q, batch[q], offset[q], head), piece, g.q.dtype, eight);
+        store_floats<8>(x + q * D + piece * 8, eight);
+      }
+      return;
+    }
+#pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
       const int q = ROWS == 1 ? 0 : i / D, d = i - q * D;
       x[i] = batch[q] < 0 ? 0 : lola_device_load(lola_device_at(g.q, batch[q], offset[q], head), d, g.q.dtype);

@@ -9,6 +9,7 @@
  *
  * One routine serves the segment's scratch (slots, ring, tokens) and the step on plain arrays: a launch is a list of
  * tiles (head, source, rows), and `resolve` says where each row of a tile comes from and goes to. */
+#include "cuda/chain.cuh"
 #include "cuda/device.cuh"
 #include "cuda/scan.cuh"
 #include "cuda/steps.cuh"
@@ -366,6 +367,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + 16 * warp) * pitch;
+  lola_device_await_previous();
+  lola_device_start_next();
   if (!look_up_rows(job, folds)) return;
   const int64_t total = job.tiles * g.Hq;
   int64_t index = total * blockIdx.x / gridDim.x;
@@ -484,6 +487,8 @@ __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const __grid_const
   const int rows = static_cast<int>(job.per_tile), D = g.D, F = g.F, M = !w ? 0 : kind == LOLA_MAP_RELU ? F : F / 2;
   float *x = reinterpret_cast<float *>(memory), *projection = x + static_cast<int64_t>(rows) * D;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = PLAIN_THREADS / 32;
+  lola_device_await_previous();
+  lola_device_start_next();
   if (!look_up_rows(job, folds)) return;
   const int64_t total = job.tiles * g.Hq;
   int hint = 0;
@@ -562,8 +567,9 @@ lola_status launch_tensor(const feature_job &job, int blocks, int most_shared, c
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared), "features", message);
     if (status) return status;
   }
-  kernel<<<blocks, TENSOR_THREADS, bytes, stream>>>(job);
-  return lola_cuda_launched("features", message);
+  return lola_cuda_status(
+      lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), TENSOR_THREADS, bytes, stream, job), "features",
+      message);
 }
 
 template <typename T>
@@ -653,8 +659,9 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
                          "features", message);
     if (status) return status;
   }
-  plain_kernel<<<blocks, PLAIN_THREADS, bytes, stream>>>(*job);
-  return lola_cuda_launched("features", message);
+  return lola_cuda_status(
+      lola_cuda_launch_chained(plain_kernel, static_cast<unsigned>(blocks), PLAIN_THREADS, bytes, stream, *job),
+      "features", message);
 }
 
 } // namespace

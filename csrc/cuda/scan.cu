@@ -14,6 +14,7 @@
  * fold adds to H is summed for 64 pairs and then added once. float32 caches use plain multiply-adds.
  * Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends on nothing
  * but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
+#include "cuda/chain.cuh"
 #include "cuda/scan_resident.cuh"
 
 namespace {
@@ -902,6 +903,8 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     scan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ scan_plan plan, int record) {
   __shared__ block_shared shared;
+  lola_device_await_previous();
+  lola_device_start_next();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = blockIdx.x / plan.group_blocks;
   if (threadIdx.x == 0) {
     scan_block block;
@@ -1159,8 +1162,17 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   void *arguments[] = {const_cast<lola_device_segment *>(segment), &plan, &record};
   const int blocks = plan.groups * plan.group_blocks;
   const void *kernel = kernel_of(g.dtype, plan.panels, vector);
-  cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(THREADS), arguments,
-                                                  static_cast<size_t>(plan.shared_bytes), stream);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 1 + lola_cuda_chain_attribute(kernel, &attributes[1]);
+  cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
   (void)cudaGetLastError();
   return lola_cuda_status(error, "scan", message);
 }

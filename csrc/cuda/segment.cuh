@@ -91,13 +91,15 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStr
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* One token for each row that is not idle. `begin` writes spans and keeps phi(q); after it comes the update, then
- * `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Sparse slots were committed before.
- * `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed where it must be. */
+/* One token for each row that is not idle. `begin` writes spans and keeps phi(q); then comes the update, if any row may
+ * have one (`updated`); `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Before it
+ * come commit_sparse's copies, but where it makes them itself. `scratch` of lola_cuda_decode_bytes, zeroed once, left
+ * zeroed where it must be. */
 int64_t lola_cuda_decode_bytes(const lola_cache *cache);
+int lola_cuda_decode_commits(const lola_device_segment *segment);
 lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
                                    cudaStream_t stream, lola_message *message);
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
+lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
                              lola_message *message);
 
 /* After a launch: the last error as a status that names the kernel. */
