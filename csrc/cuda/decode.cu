@@ -437,8 +437,6 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
     if (f.of.row == row || f.of.row < 0) break;
     row = f.of.row;
   }
-  f.ring_slot = static_cast<int>(
-      f.of.position - divided(f.of.position, plan.by_R, plan.small_sizes && f.of.position < INT64_C(0x7fffffff)) * g.R);
   return f;
 }
 
@@ -464,7 +462,7 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
  * the counters. */
 __device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, const decode_plan &plan,
                                                  const group_facts &facts) {
-  const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.ring_slot;
+  const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.of.ring_slot;
   static_assert(THREADS == WIDE, "an element each");
   static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = reinterpret_cast<const uint16_t *>(
       lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head))[threadIdx.x];
@@ -478,12 +476,11 @@ __device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, c
 #pragma unroll 1
     for (int h = first_head; h < first_head + g.rs; h++)
       sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.of.batch, facts.of.first, h));
-    g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.ring_slot] = sum;
+    g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.of.ring_slot] = sum;
   }
   if (facts.kv_head == 0 && threadIdx.x == 0) {
-    const int64_t chunk = window_of(g, plan, facts.of.position).chunk;
     g.tokens_seen[facts.of.row] = facts.of.position + 1;
-    if (chunk > g.chunks[facts.of.row]) g.chunks[facts.of.row] = chunk;
+    if (facts.of.chunk > g.chunks[facts.of.row]) g.chunks[facts.of.row] = facts.of.chunk;
   }
 }
 
@@ -532,7 +529,7 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
       const bool folded = facts.folded >> u.which & 1;
       if (folded) recall_quarter(stage, sums);
       if (g.stores_features && u.tile == 0)
-        keep_features(g, facts.of.batch, facts.of.first, facts.of.position,
+        keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
                       static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
       __syncthreads();
       if (folded && warp == 0) {

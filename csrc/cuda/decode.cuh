@@ -63,9 +63,10 @@ struct decode_plan {
 
 /* A row as the step's first kernel finds it. */
 struct decode_row {
-  int64_t batch, first, position; /* of its token */
-  int row;                        /* -1: idle */
-  int window_pairs, window_slot;  /* with the newest; ring slot of the first */
+  int64_t batch, first, position, chunk; /* of its token */
+  int row;                               /* -1: idle */
+  int ring_slot;                         /* of its token */
+  int window_pairs, window_slot;         /* with the newest; ring slot of the first */
 };
 
 /* All rows: those that this step updates come last. */

@@ -40,7 +40,6 @@ struct group_facts {
   int kv_head;
   unsigned group;           /* row * Hkv + kv_head */
   unsigned folded;          /* a bit per query head: there is a state to read */
-  int ring_slot;            /* of the newest pair */
   int counts[MATRIX_HEADS]; /* sparse pairs of each set */
 };
 
@@ -115,7 +114,7 @@ __device__ __forceinline__ int value_place(int row, int piece) {
 __device__ __forceinline__ int entered_from(const lola_device_segment &g, const group_facts &facts, int64_t slot) {
   const int code = __ldcg(g.slot_source + slot);
   if (code < 0) return -1;
-  const int from = facts.ring_slot + code;
+  const int from = facts.of.ring_slot + code;
   return from < static_cast<int>(g.R) ? from : from - static_cast<int>(g.R);
 }
 

@@ -149,12 +149,14 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
 
 /* The window of a row, with the newest pair, as decode_row has it. */
 __device__ __forceinline__ decode_row describe(const lola_device_segment &g, const lola_device_span &span, int row) {
-  const int64_t start = span.position / g.C * g.C - g.W, first = start > 0 ? start : 0;
+  const int64_t chunk = span.position / g.C, start = chunk * g.C - g.W, first = start > 0 ? start : 0;
   decode_row d;
   d.batch = span.batch;
   d.first = span.first;
   d.position = span.position;
+  d.chunk = chunk;
   d.row = span.tokens ? row : -1;
+  d.ring_slot = static_cast<int>(span.position % g.R);
   d.window_pairs = static_cast<int>(span.position + 1 - first);
   d.window_slot = static_cast<int>(first % g.R);
   return d;
@@ -205,7 +207,8 @@ __device__ __forceinline__ void write_rows(const lola_device_segment &g, const c
   }
 }
 
-/* phi (B, Hq, F) float32, of rows that are not idle. */
+/* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the kernels
+ * before this one have ended. */
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
@@ -216,26 +219,29 @@ __global__ void __launch_bounds__(THREADS)
   const bool hedgehog = is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
-  if (block >= 0 && threadIdx.x == 0 && plan.weight_vector == 4 && has_weights(g.map))
-    prefetch(weights, static_cast<int64_t>(D) * M * 4);
-  lola_device_await_previous();
-  lola_device_start_next();
   if (block < 0) {
+    lola_device_await_previous();
+    lola_device_start_next();
     write_rows(g, rows, ordered);
     return;
   }
-  if (threadIdx.x < ROWS) {
-    const int row = first + threadIdx.x;
-    int64_t start = 0, stop = 0;
-    if (row < g.B) row_range(rows, row, &start, &stop);
-    batch[threadIdx.x] = stop <= start ? -1 : rows.cu_seqlens.data ? 0 : row;
-    offset[threadIdx.x] = start;
-  }
-  __syncthreads();
+  const auto look_up = [&] {
+    lola_device_await_previous();
+    lola_device_start_next();
+    if (threadIdx.x < ROWS) {
+      const int row = first + threadIdx.x;
+      int64_t start = 0, stop = 0;
+      if (row < g.B) row_range(rows, row, &start, &stop);
+      batch[threadIdx.x] = stop <= start ? -1 : rows.cu_seqlens.data ? 0 : row;
+      offset[threadIdx.x] = start;
+    }
+    __syncthreads();
+  };
   const bool round = g.dtype != LOLA_FLOAT32;
   float *out = phi + (static_cast<int64_t>(first) * g.Hq + head) * F;
   const int64_t row_step = static_cast<int64_t>(g.Hq) * F;
   if (g.stores_features) {
+    look_up();
 #pragma unroll 1
     for (int i = threadIdx.x; i < ROWS * F; i += THREADS) {
       const int q = i / F, f = i - q * F;
@@ -247,6 +253,7 @@ __global__ void __launch_bounds__(THREADS)
   }
   float *parts = query_memory, *x = query_memory + plan.x_at;
   const auto stage = [&] {
+    look_up();
     if (plan.query_vector) { /* all of it at once: loads that follow one another would take longer than the rest */
 #pragma unroll 1
       for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {

@@ -141,10 +141,10 @@ __device__ __forceinline__ void recall_walk(state_walk walk, const decode_plan &
 
 /* The call's own features of the token into the ring. */
 __device__ __forceinline__ void keep_features(const lola_device_segment &g, int64_t batch, int64_t offset,
-                                              int64_t position, int64_t state, int head) {
+                                              int64_t ring_slot, int64_t state, int head) {
   const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
   const char *from = lola_device_at(g.k_features, batch, offset, head);
-  char *to = static_cast<char *>(g.window_features) + (state * g.R + position % g.R) * g.F * lola_device_item(type);
+  char *to = static_cast<char *>(g.window_features) + (state * g.R + ring_slot) * g.F * lola_device_item(type);
 #pragma unroll 1
   for (int f = threadIdx.x; f < g.F; f += THREADS)
     lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
@@ -155,7 +155,7 @@ __device__ __forceinline__ void state_item(const lola_device_segment &g, const d
                                            const lola_device_span &span, int64_t state, int head, bool folded,
                                            const float *query_phi, char *shared, float *partial) {
   const int F = g.F, Dv = g.Dv;
-  if (g.stores_features) keep_features(g, span.batch, span.first, span.position, state, head);
+  if (g.stores_features) keep_features(g, span.batch, span.first, span.position % g.R, state, head);
   if (g.mixing == LOLA_MIXING_CACHE_ONLY || !folded) {
     if (threadIdx.x == 0) partial[plan.columns] = 0;
     return;
