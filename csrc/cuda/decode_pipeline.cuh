@@ -139,6 +139,7 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
   const int64_t first = first_slot(g, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
   const char *const keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
   const char *const values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
+  const int64_t first_at = first * ROW_BYTES + piece * PIECE, ring_at = ring * ROW_BYTES + piece * PIECE;
   int entered[QUARTER / 2];
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
@@ -150,23 +151,22 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
     const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
     const bool there = pair < count;
     const char *key = keys, *value = values;
-    int64_t at = first + (there ? slot_in(g, facts, u, pair) : 0);
+    int64_t at = first_at + static_cast<int64_t>(there ? slot_in(g, facts, u, pair) : 0) * ROW_BYTES;
     if (ENTERED && entered[i] >= 0) {
       key = static_cast<const char *>(g.window_keys);
       value = static_cast<const char *>(g.window_values);
-      at = ring + entered[i];
+      at = ring_at + static_cast<int64_t>(entered[i]) * ROW_BYTES;
     }
-    at = at * ROW_BYTES + piece * PIECE;
-    if (!ENTERED && pair == newest) {
-      key = lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE;
-      value = lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE;
-      copy_newest(quarter + key_place(row, piece), key, plan.call_aligned);
-      copy_newest(quarter + value_place(row, piece), value, plan.call_aligned);
-    } else {
-      copy_or_zero(quarter + key_place(row, piece), key + at, there);
-      copy_or_zero(quarter + value_place(row, piece), value + at, there);
-    }
+    if (pair == newest) continue;
+    copy_or_zero(quarter + key_place(row, piece), key + at, there);
+    copy_or_zero(quarter + value_place(row, piece), value + at, there);
   }
+  const int row = newest - warp * QUARTER;
+  if (ENTERED || row < 0 || row >= QUARTER || row % 2 != lane / 16) return;
+  copy_newest(quarter + key_place(row, piece),
+              lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
+  copy_newest(quarter + value_place(row, piece),
+              lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
 }
 
 /* Where piece `piece` of a head's q lies in shared memory. */
