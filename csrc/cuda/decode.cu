@@ -171,12 +171,16 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
     for (int base = 0; base < plan.columns; base += 32 * LANE_COLUMNS) {
       const int column = base + lane * LANE_COLUMNS;
       const bool in = column < plan.columns;
-      float n[4] = {0, 0, 0, 0}; /* of columns that exist: the state leaves the others unwritten */
+      float n[4] = {0, 0, 0, 0}; /* of columns from Dv on, and where nothing is folded, whatever was there */
 #pragma unroll 2
-      for (int part = 0; part < plan.state_parts; part++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (column + e < g.Dv) n[e] += __ldcg(state + part * stride + column + e);
+      for (int part = 0; part < plan.state_parts; part++) {
+        if (!in) break;
+        const float4 x = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + column));
+        n[0] += x.x;
+        n[1] += x.y;
+        n[2] += x.z;
+        n[3] += x.w;
+      }
       float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int done = 0; done < tiles; done += MERGE) {
@@ -458,16 +462,26 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
+/* This thread's element of the call's key and value. */
+struct newest_elements {
+  uint16_t key, value;
+};
+
+__device__ __forceinline__ newest_elements load_newest(const lola_device_segment &g, const group_facts &facts) {
+  static_assert(THREADS == WIDE, "an element each");
+  const char *const key = lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head);
+  const char *const value = lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head);
+  return newest_elements{reinterpret_cast<const uint16_t *>(key)[threadIdx.x],
+                         reinterpret_cast<const uint16_t *>(value)[threadIdx.x]};
+}
+
 /* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache; its score; and
  * the counters. */
-__device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, const decode_plan &plan,
-                                                 const group_facts &facts) {
+__device__ __forceinline__ void keep_newest(const lola_device_segment &g, const group_facts &facts,
+                                            const newest_elements &newest) {
   const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.of.ring_slot;
-  static_assert(THREADS == WIDE, "an element each");
-  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = reinterpret_cast<const uint16_t *>(
-      lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head))[threadIdx.x];
-  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = reinterpret_cast<const uint16_t *>(
-      lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head))[threadIdx.x];
+  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = newest.key;
+  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = newest.value;
   const int sets = g.S / g.Hkv;
 #pragma unroll 1
   for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
@@ -485,7 +499,7 @@ __device__ __forceinline__ void keep_newest_pair(const lola_device_segment &g, c
 }
 
 /* A block's run of a share. `updated`: the share's rows are. */
-template <typename T, int STAGES>
+template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
                                         bool updated, const decode_rows &ordered, unsigned *counters,
                                         const float *query_phi, float *scratch, char *shared) {
@@ -502,25 +516,22 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
 
   const int warp = threadIdx.x / 32, stride = plan.columns + 4;
   const int64_t head_step = plan.slots * stride;
-  work_unit u = unit_at(plan, begin, first_group);
-  int asked = 0, worked = 0; /* stages */
+  work_unit next = unit_at(plan, begin, first_group);
+  ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
+  copies_end_group();
 #pragma unroll 1
-  for (unsigned ahead = begin; ahead < end + STAGES - 1; ahead++) {
-    const unsigned unit = ahead - (STAGES - 1);
-    const bool works = ahead >= begin + STAGES - 1;
-    if (works) {
-      copies_wait<STAGES - 2>();
-      __syncthreads(); /* the unit is there, and the sums of the last one were read */
-    }
-    if (ahead < end) {
-      const work_unit next = unit_at(plan, ahead, first_group);
-      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + asked * STAGE_BYTES);
-      asked = asked + 1 == STAGES ? 0 : asked + 1;
+  for (unsigned unit = begin; unit < end; unit++) {
+    const work_unit u = next;
+    const unsigned turn = (unit - begin) & 1;
+    copies_wait<0>();
+    __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    if (unit + 1 < end) {
+      next = unit_at(plan, unit + 1, first_group);
+      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + (turn ^ 1) * STAGE_BYTES);
     }
     copies_end_group();
-    if (!works) continue;
     const group_facts &facts = known[u.group];
-    char *const stage = shared + worked * STAGE_BYTES;
+    char *const stage = shared + turn * STAGE_BYTES;
     float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * head_step;
     if (facts.of.row < 0) {
       /* idle: nothing was asked for */
@@ -559,8 +570,6 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
                     warps, 0, heads, to);
       }
     }
-    work_unit next = u;
-    if (unit + 1 < end) next = unit_at(plan, unit + 1, first_group);
     if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
       const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
@@ -579,23 +588,22 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
         const auto count_of = [&](int j) -> int64_t {
           return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
         };
+        const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
         merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
-        keep_newest_pair(g, plan, facts);
+        keep_newest(g, facts, newest);
       }
     }
-    u = next;
-    worked = worked + 1 == STAGES ? 0 : worked + 1;
   }
 }
 
-template <typename T, int STAGES>
-__global__ void __launch_bounds__(THREADS, 2)
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 3)
     decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
                            const decode_rows ordered, unsigned *counters, const float *query_phi, float *scratch) {
-  extern __shared__ __align__(16) char shared[]; /* STAGES units */
+  extern __shared__ __align__(16) char shared[]; /* two stages */
   lola_device_start_next();
   const unit_share all(g, plan, 0, g.B);
-  if (threadIdx.x < STAGES && all.begin(blockIdx.x) + threadIdx.x < all.begin(blockIdx.x + 1))
+  if (threadIdx.x < 2 && all.begin(blockIdx.x) + threadIdx.x < all.begin(blockIdx.x + 1))
     prefetch_unit(g, plan, all.begin(blockIdx.x) + threadIdx.x);
   /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
   if (plan.awaits) lola_device_await_previous();
@@ -607,7 +615,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       __syncthreads(); /* what is known of the rows before was read */
     }
     const unit_share share(g, plan, updated ? plain : 0, updated ? g.B - plain : plain);
-    work_on<T, STAGES>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
+    work_on<T>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
   }
 }
 
@@ -666,8 +674,7 @@ template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device)
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    if (a.plan.pipeline == 3) return launch<decode_pipeline_kernel<T, 3>>(a, device);
-    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T, 2>>(a, device);
+    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T>>(a, device);
     if (a.plan.matrix)
       return a.is_long ? launch<decode_kernel<T, LONG_MATRIX>>(a, device) : launch<decode_kernel<T, MATRIX>>(a, device);
   }
@@ -730,15 +737,12 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
 }
 
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
- * groups. Two on a multiprocessor, if that leaves both three stages, or there is not even room for two. */
-int64_t pipeline_blocks(int64_t groups, const device_limits &limits, decode_plan *p) {
-  constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 1024;
-  const auto fit = [&](int stages) { return limits.processor_bytes / (stages * STAGE_BYTES + OTHER_BYTES); };
-  p->pipeline = fit(3) >= 2 || fit(2) < 2 ? 3 : 2;
-  if (p->pipeline * STAGE_BYTES + OTHER_BYTES > limits.shared_bytes) p->pipeline = 2;
-  p->shared_bytes = p->pipeline * STAGE_BYTES;
-  int64_t blocks = static_cast<int64_t>(limits.processors) * (fit(p->pipeline) < 2 ? 1 : 2);
-  const int64_t least = divided_up(groups, MOST_GROUPS - 2), units = groups * p->items;
+ * groups. */
+int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
+  constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 320;
+  const int fit = limits.processor_bytes / (PIPELINE_BYTES + OTHER_BYTES);
+  int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
+  const int64_t least = divided_up(groups, MOST_GROUPS - 2), units = groups * p.items;
   if (blocks < least) blocks = least;
   return blocks < units ? blocks : units;
 }
@@ -833,10 +837,12 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   const int64_t item = lola_device_item(g.dtype);
   int64_t blocks = groups * plan.items;
   plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
-  if (plan.pipeline)
-    blocks = pipeline_blocks(groups, limits, &plan);
-  else
+  if (plan.pipeline) {
+    plan.shared_bytes = PIPELINE_BYTES;
+    blocks = pipeline_blocks(groups, limits, plan);
+  } else {
     place_shared(sizes, &plan);
+  }
   plan.awaits = !updated;
   plan.gathers = lola_cuda_decode_commits(segment);
   if (plan.shared_bytes + 64 > limits.shared_bytes)

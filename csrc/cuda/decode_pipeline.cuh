@@ -29,8 +29,9 @@ constexpr int QUARTER_BYTES = 2 * QUARTER * ROW_BYTES;
 /* In a stage, behind the quarters: halves of q, then what they leave over; or 64 features, then s of them. */
 constexpr int QUERIES_AT = WARPS * QUARTER_BYTES, REST_AT = QUERIES_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int STAGE_BYTES = REST_AT + MATRIX_HEADS * ROW_BYTES;
+constexpr int PIPELINE_BYTES = 2 * STAGE_BYTES;
 constexpr int SUM_PITCH = WIDE + 8; /* floats of a head's sums in shared memory */
-constexpr int MOST_GROUPS = 24;     /* that a block's run touches */
+constexpr int MOST_GROUPS = 16;     /* that a block's run touches */
 static_assert(QUARTER * WIDE * 4 == QUARTER_BYTES, "a quarter holds as many rows of a state as pairs");
 static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER_BYTES, "sums take the place of a quarter");
 
@@ -139,7 +140,22 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
   const int64_t first = first_slot(g, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
   const char *const keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
   const char *const values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
+  const int half = lane / 16;
   const int64_t first_at = first * ROW_BYTES + piece * PIECE, ring_at = ring * ROW_BYTES + piece * PIECE;
+  const int slot = slot_in(g, facts, u, warp * QUARTER), slots = u.kind == SPARSE_UNIT ? g.L : static_cast<int>(g.R);
+  const int newest_row = newest - warp * QUARTER;
+  if (!ENTERED && count >= (warp + 1) * QUARTER && slot + QUARTER <= slots &&
+      (newest_row < 0 || newest_row >= QUARTER)) {
+    /* The quarter is one run of memory, as most are. */
+    const int64_t at = first_at + static_cast<int64_t>(slot + half) * ROW_BYTES;
+    const char *const key = keys + at, *const value = values + at;
+#pragma unroll
+    for (int i = 0; i < QUARTER / 2; i++) {
+      copy_async<16>(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES);
+      copy_async<16>(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES);
+    }
+    return;
+  }
   int entered[QUARTER / 2];
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
@@ -148,7 +164,7 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
   }
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
-    const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
+    const int row = 2 * i + half, pair = warp * QUARTER + row;
     const bool there = pair < count;
     const char *key = keys, *value = values;
     int64_t at = first_at + static_cast<int64_t>(there ? slot_in(g, facts, u, pair) : 0) * ROW_BYTES;
@@ -161,11 +177,10 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
     copy_or_zero(quarter + key_place(row, piece), key + at, there);
     copy_or_zero(quarter + value_place(row, piece), value + at, there);
   }
-  const int row = newest - warp * QUARTER;
-  if (ENTERED || row < 0 || row >= QUARTER || row % 2 != lane / 16) return;
-  copy_newest(quarter + key_place(row, piece),
+  if (ENTERED || newest_row < 0 || newest_row >= QUARTER || newest_row % 2 != half) return;
+  copy_newest(quarter + key_place(newest_row, piece),
               lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
-  copy_newest(quarter + value_place(row, piece),
+  copy_newest(quarter + value_place(newest_row, piece),
               lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
 }
 

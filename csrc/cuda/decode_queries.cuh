@@ -122,29 +122,37 @@ __device__ __forceinline__ float column(const query_plan &plan, const float *par
   return add_groups(parts + skipped * groups * block + (m - skipped * block), groups, block);
 }
 
-/* One side of Hedgehog by one warp: exp(sign (x - shift)) over M, shift the highest (lowest) x, divided by its sum when
+/* Hedgehog of one row by one warp: exp(x - highest) and exp(lowest - x) over M, each divided by its sum when
  * `normalise`. */
-__device__ __forceinline__ void exponentials(const query_plan &plan, const float *parts, int M, float sign,
-                                             bool normalise, bool round, float *kept, float *phi) {
+__device__ __forceinline__ void exponentials(const query_plan &plan, const float *parts, int M, bool normalise,
+                                             bool round, float *kept, float *phi) {
   const int lane = threadIdx.x % 32;
-  float high = -INFINITY, sum = 0;
-#pragma unroll 1
+  float high = -INFINITY, low = INFINITY, above = 0, below = 0;
+#pragma unroll 2
   for (int j = lane; j < M; j += 32) {
-    const float y = sign * column(plan, parts, j);
+    const float y = column(plan, parts, j);
     kept[j] = y;
     high = fmaxf(high, y);
+    low = fminf(low, y);
   }
   high = warp_max(high);
-#pragma unroll 1
+  low = -warp_max(-low);
+#pragma unroll 2
   for (int j = lane; j < M; j += 32) {
-    const float e = expf(kept[j] - high);
-    kept[j] = e;
-    sum += e;
+    const float y = kept[j], up = expf(y - high), down = expf(low - y);
+    kept[j] = up;
+    kept[M + j] = down;
+    above += up;
+    below += down;
   }
-  sum = warp_sum(sum);
-  const float scale = normalise ? 1 / sum : 1;
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) phi[j] = finish_feature(kept[j] * scale, FEATURE_FLOOR, round);
+  above = warp_sum(above);
+  below = warp_sum(below);
+  const float up = normalise ? 1 / above : 1, down = normalise ? 1 / below : 1;
+#pragma unroll 2
+  for (int j = lane; j < M; j += 32) {
+    phi[j] = finish_feature(kept[j] * up, FEATURE_FLOOR, round);
+    phi[M + j] = finish_feature(kept[M + j] * down, FEATURE_FLOOR, round);
+  }
 }
 
 /* The window of a row, with the newest pair, as decode_row has it. */
@@ -210,7 +218,7 @@ __device__ __forceinline__ void write_rows(const lola_device_segment &g, const c
 /* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the kernels
  * before this one have ended. */
 template <int ROWS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
                           const __grid_constant__ query_plan plan, decode_rows ordered, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
@@ -282,12 +290,10 @@ __global__ void __launch_bounds__(THREADS)
   if (hedgehog) {
     const int warp = threadIdx.x / 32;
 #pragma unroll 1
-    for (int i = warp; i < 2 * ROWS; i += WARPS) {
-      const int q = i / 2, side = i % 2;
-      if (batch[q] < 0) continue;
-      exponentials(plan, parts + q * plan.parts, M, side ? -1.0f : 1.0f, g.map.kind == LOLA_MAP_HEDGEHOG, round,
-                   query_memory + plan.phi_at + i * M, out + q * row_step + side * M);
-    }
+    for (int q = warp; q < ROWS; q += WARPS)
+      if (batch[q] >= 0)
+        exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round,
+                     query_memory + plan.phi_at + q * F, out + q * row_step);
     return;
   }
 #pragma unroll 1

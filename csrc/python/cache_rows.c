@@ -47,6 +47,13 @@ static cache_object *make_like(cache_object *self, PyTypeObject *type, int64_t b
   return made;
 }
 
+/* What the host knows of how far rows are travels with them. */
+static void count_rows(device_cache *made, const cache_object *self, const int64_t *rows, int64_t batch) {
+  const int64_t *seen = self->on ? self->on->seen : self->cache->tokens_seen;
+  made->counted = !self->on || (self->on->counted && !self->on->shared);
+  for (int64_t b = 0; made->counted && b < batch; b++) made->seen[b] = seen[rows[b]];
+}
+
 /* The rows and the gate from `self` to `made`, wherever they lie; of two devices both on one. */
 static int fill(cache_object *made, cache_object *self, const int64_t *rows) {
   lola_message message;
@@ -63,7 +70,7 @@ static int fill(cache_object *made, cache_object *self, const int64_t *rows) {
   if (status) return cache_fail(self, status, &message);
   if (!made->on && self->on && !cache_gate(self) && PyErr_Occurred()) return -1;
   made->terms = terms_copy(&self->terms);
-  if (made->on) made->on->counted = 0;
+  if (made->on) count_rows(made->on, self, rows, made->cache->shape.batch);
   if (made->on && self->on) made->on->library = self->on->library;
   return 0;
 }
@@ -134,7 +141,7 @@ PyObject *cache_gather_in_place(cache_object *self, PyObject *object) {
       /* back into the same memory */
       lola_status status = lola_cache_gather(self->cache, moved->cache, PyArray_DATA(all), &message);
       failed = status ? cache_fail(self, status, &message) : 0;
-      if (self->on) self->on->counted = 0;
+      if (self->on && !failed) count_rows(self->on, moved, PyArray_DATA(all), batch);
       if (moved->on) device_cache_leave(moved->on);
     }
     cache_end(self);
