@@ -537,13 +537,12 @@ def test_what_a_cache_says(fake):
 def test_tokens_are_counted_without_waiting(fake):
     data = build(CASE)
     cache = device_cache(data)
-    there = lambda: [cache._window(row)[1] for row in range(2)]
 
-    def count(right):
+    def count(right, cache=cache):
         before = fake.calls("synchronize")
         seen = cache.tokens_seen.tolist()
         waited = fake.calls("synchronize") - before
-        assert seen == right == there()
+        assert seen == right == [cache._window(row)[1] for row in range(len(right))]
         return waited
 
     assert count([0, 0]) == 0
@@ -558,7 +557,9 @@ def test_tokens_are_counted_without_waiting(fake):
     call(data, cache, lo=40, hi=43, stops=Array(np.array([2, 3])))
     assert count([42, 3]) == 1 and count([42, 3]) == 0
     cache.select_([1, 0])
-    assert count([3, 42]) == 1 and count([3, 42]) == 0
+    assert count([3, 42]) == 0
+    assert count([3, 42], cache.copy()) == 0 and count([42], cache.select([1])) == 0 and count([3, 3, 42, 42], cache.repeat(2)) == 0
+    assert count([3, 42], cache.to("cpu").to("cuda")) == 0
     call(data, cache, lo=43, hi=44)
     assert count([4, 43]) == 0
     run(data, cache, 43, 44)                                                                # NumPy
@@ -566,6 +567,8 @@ def test_tokens_are_counted_without_waiting(fake):
     with pytest.raises(ValueError):
         call(data, cache, stops=[0, 99])
     assert count([5, 44]) == 0
+    call(data, cache, lo=40, hi=43, stops=Array(np.array([0, 1])))
+    assert count([5, 45], cache.copy()) == 1            # what the host does not know, it does not pass on
 
 
 def test_terms_bind_on_a_device_too(fake):
