@@ -10,7 +10,7 @@
  * unit leaves a partial as decode.cu says, so it does not matter which block worked on it.
  *
  * Pairs are on the right of products on the matrix units, as in decode_matrix.cuh: S = Q K^T, P = exp2(S - max),
- * O = P V; on the left rows 0-7 are the 16-bit halves `hi` of q, or of P, rows 8-15 what rounding left over. Lane
+ * O = P V. Of P rows 0-7 on the left are its 16-bit halves `hi`, rows 8-15 what rounding left over. Lane
  * (row, quad) = (lane / 4, lane % 4) takes pieces quad, quad + 4, ... of keys row and row + 8, and pieces row, row + 8
  * of values 2quad, 2quad + 1, 2quad + 8, 2quad + 9. */
 #ifndef LOLA_CUDA_DECODE_PIPELINE_CUH
@@ -266,19 +266,28 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   /* Rows without a head repeat the last one; nobody reads their sums. */
   const char *const queries = stage + QUERIES_AT;
   const int head = min(row, heads - 1);
+  /* Words 0 and 2 of a piece of q stand in the upper half of the left-hand matrix, 1 and 3 in the lower: of either
+   * product the other half is of no use. */
   float s[2][2][4] = {};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const int place = query_place(head, 4 * j + quad);
-    const uint4 hi = *reinterpret_cast<const uint4 *>(queries + place);
-    uint4 lo = make_uint4(0, 0, 0, 0);
-    if (!plan.query_aligned) lo = *reinterpret_cast<const uint4 *>(queries + (REST_AT - QUERIES_AT) + place);
-    const unsigned a0[4] = {hi.x, lo.x, hi.y, lo.y}, a1[4] = {hi.z, lo.z, hi.w, lo.w};
+    const char *const query = queries + query_place(head, 4 * j + quad);
+    const uint4 q = *reinterpret_cast<const uint4 *>(query);
+    const unsigned hi[4] = {q.x, q.y, q.z, q.w};
+    uint4 k[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint4 k = *reinterpret_cast<const uint4 *>(quarter + key_place(8 * i + row, 4 * j + quad));
-      mma<T>(s[i][0], a0, k.x, k.y);
-      mma<T>(s[i][1], a1, k.z, k.w);
+      k[i] = *reinterpret_cast<const uint4 *>(quarter + key_place(8 * i + row, 4 * j + quad));
+      mma<T>(s[i][0], hi, k[i].x, k[i].z);
+      mma<T>(s[i][1], hi, k[i].y, k[i].w);
+    }
+    if (plan.query_aligned) continue;
+    const uint4 rest = *reinterpret_cast<const uint4 *>(query + (REST_AT - QUERIES_AT));
+    const unsigned lo[4] = {rest.x, rest.y, rest.z, rest.w};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      mma<T>(s[i][0], lo, k[i].x, k[i].z);
+      mma<T>(s[i][1], lo, k[i].y, k[i].w);
     }
   }
 
@@ -288,7 +297,7 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const float logit = ((s[i][0][e] + s[i][1][e]) + (s[i][0][2 + e] + s[i][1][2 + e])) * (g.scale * LOG2E);
+      const float logit = (s[i][0][e] + s[i][1][2 + e]) * (g.scale * LOG2E);
       weight[i][e] = warp * QUARTER + 8 * i + 2 * quad + e < count ? logit : -INFINITY;
       high = fmaxf(high, weight[i][e]);
     }
