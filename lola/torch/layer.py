@@ -252,13 +252,11 @@ class LolaAttention(nn.Module):
         return q, k, v
 
     def _map_weights(self) -> tuple[Tensor | None, Tensor | None]:
-        """The weights of the feature maps, without the detour through their modules where nothing hooks into these."""
-        sides = self.feature_map_q, self.feature_map_k
-        if sides[0] is None:
+        """The weights of the feature maps, read where they lie; those that accelerate keeps elsewhere come by a forward pass."""
+        if self.feature_map_q is None:
             return None, None
-        if torch.compiler.is_compiling() or any(_is_hooked(side) or _is_hooked(side.mlp) for side in sides):
-            return sides[0](), sides[1]()
-        return sides[0].mlp.layer, sides[1].mlp.layer
+        sides = self.feature_map_q, self.feature_map_k
+        return tuple(side() if side.mlp.layer.is_meta else side.mlp.layer for side in sides)
 
     def differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads (B, T, Hq, D), float32, of what `project` returns, by `lola.torch.hybrid.attention`."""
@@ -287,10 +285,6 @@ class LolaAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._config}, feature_map={self.feature_map!r}, feature_dim={self.feature_dim}"
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
