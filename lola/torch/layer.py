@@ -253,10 +253,11 @@ class LolaAttention(nn.Module):
 
     def _map_weights(self) -> tuple[Tensor | None, Tensor | None]:
         """The weights of the feature maps, read where they lie; those that accelerate keeps elsewhere come by a forward pass."""
-        if self.feature_map_q is None:
+        q, k = self.feature_map_q, self.feature_map_k
+        if q is None:
             return None, None
-        sides = self.feature_map_q, self.feature_map_k
-        return tuple(side() if side.mlp.layer.is_meta else side.mlp.layer for side in sides)
+        w_q, w_k = q.mlp.layer, k.mlp.layer
+        return (q(), k()) if w_q.is_meta else (w_q, w_k)
 
     def differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads (B, T, Hq, D), float32, of what `project` returns, by `lola.torch.hybrid.attention`."""
@@ -294,7 +295,7 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
     if q.shape[1] > 1:
         return _rotated_at_once(q, cos, sin), _rotated_at_once(k, cos, sin)
     # In decoding the number of operators counts, not their size.
-    return _rotated_at_once(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
+    return torch.split_with_sizes(_rotated_at_once(torch.cat((q, k), 2), cos, sin), (q.shape[2], k.shape[2]), 2)
 
 
 def _rotated_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
