@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import platform
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -71,7 +72,7 @@ class Gpu:
                 "CUDA of torch": torch.version.cuda,
                 "cuDNN": torch.backends.cudnn.version(),
                 "driver": _driver(),
-                **{name: _version(name) for name in ("triton", "flash_attn", "flash_attn_interface", "fla")},
+                **{name: _version(name) for name in ("triton", "transformers", "flash_attn", "flash_attn_interface", "fla")},
             },
             "blas": [],
         }
@@ -176,6 +177,14 @@ class Gpu:
 
         return lambda: self.timed(run)[0]
 
+    def memory_used(self) -> MemoryUsed:
+        """A context whose `peak` is the most bytes in use on the device meanwhile, whoever allocated them."""
+        def used():
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+
+        return MemoryUsed(used)
+
     def free(self):
         """Gives back what torch's allocator and the ceilings hold."""
         self._copy = self._gemm = None
@@ -266,6 +275,28 @@ class Gpu:
                 continue
             able[name] = run
         return able
+
+
+class MemoryUsed:
+    """The greatest `peak` of used(), asked every other millisecond: no allocator tells what all of them had at once."""
+
+    def __init__(self, used: Callable[[], int]):
+        self.used, self.peak = used, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self):
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self.used())
+
+    def __enter__(self) -> MemoryUsed:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        self._thread.join()
+        self.peak = max(self.peak, self.used())
 
 
 def _driver() -> str | None:

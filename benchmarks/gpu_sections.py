@@ -1,4 +1,4 @@
-"""The sections of the benchmark on a GPU: decode, host, prefill, phases, rankings, stack, update, numpy, plain.
+"""The sections of the benchmark on a GPU: decode, host, prefill, phases, rankings, stack, update, numpy, plain, llama.
 
 As on the CPU each checks before it times, and ratios are taken round by round with the ceilings and the peers in the same
 rounds. Goals G1 to G8 are for one layer of Llama-3.1-8B in bfloat16, W 128, lambda 512, one sparse set per KV head; the same
@@ -24,6 +24,22 @@ from workload import Geometry
 
 
 @dataclass(frozen=True)
+class Llama:
+    """A whole model and what it is asked to do. Memory is all that is in use on the device, what the driver takes included."""
+
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    context: int                          # tokens before decoding
+    memory: float                         # H2: bytes that the largest batch may take
+    card: float                           # H3: bytes of a consumer's card
+    card_tokens: tuple[int, int]          # read and written on it
+    few: int                              # LoLA's rows from which the largest batch is reckoned
+    rounds: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes and patience of a run."""
 
@@ -44,6 +60,7 @@ class Plan:
     numpy_tokens: int
     plain_tokens: tuple[int, ...]
     host_calls: int
+    llama: Llama                          # H1, H2, H3
 
     def layers(self):
         """One set per KV head, for the goals, and one per query head."""
@@ -57,11 +74,13 @@ FULL = Plan(
     prefill=(4 * _K, 8 * _K, 16 * _K, 32 * _K, 64 * _K, 128 * _K), crossover=(_K, 2 * _K, 3 * _K, 4 * _K, 6 * _K, 8 * _K, 12 * _K),
     phases=32 * _K, judged=32 * _K, stack=(4, 32 * _K, 4096, 14336), sparse=(64, 128, 256, 512, 1024), update_tokens=8 * _K,
     numpy_tokens=32 * _K, plain_tokens=(4 * _K, 32 * _K), host_calls=60,
+    llama=Llama(32, 4096, 14336, 128256, 32 * _K, 80e9, 22 * 2.0**30, (8 * _K, 64), few=64, rounds=4),
 )  # fmt: skip
 QUICK = Plan(
     repeats=5, budget=1.5, layer=_LLAMA, batches=(1, 16), contexts=(8 * _K, 32 * _K), cold=2, least=4,
     prefill=(8 * _K, 32 * _K), crossover=(4 * _K, 8 * _K), phases=32 * _K, judged=4 * _K, stack=(2, 32 * _K, 4096, 14336),
     sparse=(64, 512), update_tokens=4 * _K, numpy_tokens=16 * _K, plain_tokens=(4 * _K,), host_calls=60,
+    llama=Llama(4, 4096, 14336, 128256, 8 * _K, 20e9, 22 * 2.0**30, (8 * _K, 64), few=16, rounds=3),
 )  # fmt: skip
 # What --quick measures unless --only says otherwise: what changes while kernels are written.
 QUICK_SECTIONS = ("decode", "host", "prefill", "phases", "rankings")
@@ -656,5 +675,20 @@ def _plain_check(layer, host, made, held, name):
     return workload.Check(f"PyTorch, {name}: {first.what}", first.error, 0.1)
 
 
+# --------------------------------------------------------------------------------------------------------------- llama
+
+
+def llama(backend, report: Report, plan: Plan):
+    """H1 (tokens per second of one row), H2 (of the largest batch that fits), H3 (on a consumer's card)."""
+    report.begin("llama", "llama: a whole model of transformers, LoLA and softmax attention in the same decoding loop")
+    try:
+        from llama import measure
+    except ImportError as error:
+        report.skip("llama", f"takes transformers: {error}")
+        return
+    _gated(report, "llama", lambda: measure(backend, report, plan.layer, plan.llama))
+    backend.free()
+
+
 SECTIONS = {"decode": decode, "host": host, "prefill": prefill, "phases": phases, "rankings": rankings, "stack": stack,
-            "update": update, "numpy": numpy, "plain": plain}
+            "update": update, "numpy": numpy, "plain": plain, "llama": llama}

@@ -30,6 +30,7 @@ examples:
   lola eval --tasks niah_multikey_1 --sparse 64    a harder task, a smaller sparse cache
   lola eval --score recency --sparse-per kv_head   another score, one sparse set per KV head
   lola eval --model ./my-llama --adapter ./maps    your own Llama folder with feature maps
+  lola eval --device cuda                          the same table, LoLA's attention on a GPU
 """
 
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--score", default="self_recall", metavar="NAME", help="self_recall, value_norm, key_norm, recency or random (default: %(default)s)")
     how.add_argument("--sparse-per", default="query_head", metavar="WHAT", help="query_head or kv_head (default: %(default)s)")
     where = ev.add_argument_group("where and how")
-    where.add_argument("--device", default="cpu", metavar="NAME", help="where LoLA runs: cpu, cuda, cuda:1 .. (default: %(default)s)")
+    where.add_argument("--device", default="cpu", metavar="NAME", help="where LoLA's caches lie and its attention runs: cpu, cuda, cuda:1 ..; softmax attention and the rest of the model run on the CPU, in NumPy (default: %(default)s)")
     where.add_argument("--threads", type=int, metavar="N", help="samples side by side (default: all processors)")
     where.add_argument("--dtype", default="float16", metavar="NAME", help="cached keys and values: float16 or float32 (default: %(default)s)")
     where.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`). Python would fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         print(f"lola {options.command}: error: {error}", file=sys.stderr)
         return 2
 
@@ -141,7 +142,8 @@ def _eval(options) -> int:
     if comparison.trained is not None:
         for length in options.lengths:
             print(table.savings(length, comparison.full_bytes(length), comparison.lola_bytes()))
-    print(f"{sum(row['samples'] for row in rows)} answers in {time.perf_counter() - begun:.0f} s on {comparison.threads} threads")
+    there = "" if comparison.device == "cpu" else f", LoLA's attention on {comparison.device}"
+    print(f"{sum(row['samples'] for row in rows)} answers in {time.perf_counter() - begun:.0f} s on {comparison.threads} threads{there}")
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

@@ -5,6 +5,7 @@ speed and ends in exit status 1; every section runs, and what it wrote can be sh
 """
 
 import dataclasses
+import gc
 import json
 import pathlib
 import shutil
@@ -172,17 +173,31 @@ def stub(monkeypatch):
         def softmax_backends(self):
             return {"math": torch.nn.attention.SDPBackend.MATH}
 
+        def memory_used(self):
+            return Tensors()
+
         copy_bandwidth, gemm_flops = (lambda self: 1e10), (lambda self: 1e11)
         settle = free = lambda self: None
 
         def pinned_copy_seconds(self, to_device, to_host):
             return lambda: 1e-3
 
+    class Tensors:
+        """What all tensors hold at the end."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+            self.peak = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
     small = SMALL.but(dtype="bfloat16")
+    whole = gpu_sections.Llama(2, 32, 48, 97, 128, 2e6, 2.0**30, (64, 8), few=3, rounds=3)
     plan = dataclasses.replace(
         gpu_sections.QUICK, repeats=3, budget=0.01, layer=small, batches=(1, 3), contexts=(64, 128), least=2, prefill=(128, 256),
         crossover=(64, 128), phases=128, judged=256, stack=(2, 128, 32, 48), sparse=(8, 24), update_tokens=128, numpy_tokens=128,
-        plain_tokens=(128,), host_calls=3)
+        plain_tokens=(128,), host_calls=3, llama=whole)
     monkeypatch.setattr(gpu_sections, "QUICK", plan)
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(benchmark, "backend_of", lambda options: Stub())
@@ -196,7 +211,7 @@ def test_every_section_of_a_gpu_runs(stub, tmp_path, capsys):
     data = json.loads(file.read_text())
     assert data["passed"] and not data["skipped"] and all(check["passed"] for check in data["checks"])
     assert {figure["section"] for figure in data["figures"]} == set(stub.SECTIONS)
-    assert {goal["name"] for goal in data["goals"]} >= {"G3", "G5", "G6", "G7", "G8", "NumPy"}
+    assert {goal["name"] for goal in data["goals"]} >= {"G3", "G5", "G6", "G7", "G8", "NumPy", "H1", "H2", "H3"}
     assert [goal["figure"] for goal in data["goals"] if goal["name"] == "G7"] == [100, 100]
     assert {curve["name"] for curve in data["curves"]} == {"prefill", "update"}
     assert benchmark.main(["--show", str(file)]) == 0

@@ -840,9 +840,13 @@ def test_a_model_runs_on_a_device(fake):
 
 
 def test_eval_on_a_device_gives_the_cpus_table(fake):
-    from lola.eval import evaluate
-    options = dict(tasks=["niah_single_1"], lengths=[640], samples=2, threads=1, sparse=64)
-    tables = [evaluate("needle", device=device, **options) for device in ("cpu", "cuda")]
+    """On threads that share the device."""
+    from lola.eval import Comparison
+    options = dict(tasks=["niah_single_1"], lengths=[640], samples=4, threads=3, sparse=64)
+    here, there = (Comparison("needle", device=device, **options) for device in ("cpu", "cuda"))
+    assert_same_bits(here.needle().whole, there.needle().whole)
+    tables = [comparison.run() for comparison in (here, there)]
+    assert [[row.pop("device") for row in rows] for rows in tables] == [["cpu"] * 6, ["cpu"] + ["cuda:0"] * 5]
     for rows in tables:
         for row in rows:
             del row["tokens_per_second"]

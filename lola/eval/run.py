@@ -94,6 +94,8 @@ class Comparison:
         The mixing that the base was trained with; None without an adapter.
     threads : int
         Samples that run at the same time.
+    device : str
+        Where LoLA's attention runs and its caches lie.
 
     Examples
     --------
@@ -142,7 +144,7 @@ class Comparison:
 
         self.model, self.tasks, self.lengths = str(model), list(tasks), list(lengths)
         self.samples, self.seed, self.split = samples, seed, split
-        self.threads = threads or processors()
+        self.threads, self.device = threads or processors(), device
         self._student = None
         self.setups, self.trained = [Setup("softmax")], None
         read = functools.partial(Llama.from_pretrained, model, cache_dtype=dtype, device=device)
@@ -233,6 +235,8 @@ class Comparison:
             "tokens_per_second": cell.tokens / cell.seconds * workers,
             "seed": self.seed,
             "weights_hash": self._model_of(cell.setup).weights_hash,
+            # Softmax attention is the CPU's wherever LoLA's is.
+            "device": "cpu" if config is None else self.device,
         }
 
     def needle(self) -> Needle:
@@ -330,7 +334,8 @@ def evaluate(
     adapter : path, optional
         Folder of another adapter.
     device : str
-        Where LoLA's attention runs and its caches lie: "cpu", "cuda" or "cuda:1" and so on. All else is NumPy's.
+        Where LoLA's attention runs and its caches lie: "cpu", "cuda" or "cuda:1" and so on. All else, softmax attention
+        included, runs on the CPU, in NumPy; queries, keys, values and outputs are copied there and back.
     threads : int, optional
         Samples that run at the same time; by default as many as there are processors for this process.
     dtype : {"float16", "float32"}
@@ -341,7 +346,7 @@ def evaluate(
     list of dict
         A row for each length, task and attention, with the keys model, attention, mixing, task, length, sparse, window, samples,
         accuracy, low, high (95 % interval), cache_bytes (of one sequence), tokens_per_second (prompt and answer tokens that
-        went through the model, all threads together), seed, weights_hash. What softmax lacks is None.
+        went through the model, all threads together), seed, weights_hash, device. What softmax lacks is None; its device is "cpu".
 
     Raises
     ------

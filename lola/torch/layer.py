@@ -229,9 +229,7 @@ class LolaAttention(nn.Module):
                 "LoLA's kernels have no gradient: run the model under torch.no_grad() or torch.inference_mode(), or train it by "
                 "lola.torch.distill"
             )
-        w_q = w_k = None
-        if self.feature_map_q is not None:
-            w_q, w_k = self.feature_map_q(), self.feature_map_k()
+        w_q, w_k = self._map_weights()
         factors = self.window_factors
         if past_key_values is None:
             out = self._once(q, k, v, w_q, w_k, factors, rows_of_mask(attention_mask, q.shape[1], 0))
@@ -247,17 +245,23 @@ class LolaAttention(nn.Module):
         q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = (x[:, :, None] for x in position_embeddings)
-        q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
+        cos, sin = position_embeddings
+        q, k = _rotated(q, k, cos.unsqueeze(2), sin.unsqueeze(2))
         if k.dtype != v.dtype:  # under autocast
             q, k = q.to(v.dtype), k.to(v.dtype)
         return q, k, v
 
+    def _map_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of the feature maps, read where they lie; those that accelerate keeps elsewhere come by a forward pass."""
+        q, k = self.feature_map_q, self.feature_map_k
+        if q is None:
+            return None, None
+        w_q, w_k = q.mlp.layer, k.mlp.layer
+        return (q(), k()) if w_q.is_meta else (w_q, w_k)
+
     def differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads (B, T, Hq, D), float32, of what `project` returns, by `lola.torch.hybrid.attention`."""
-        w_q = w_k = None
-        if self.feature_map_q is not None:
-            w_q, w_k = self.feature_map_q(), self.feature_map_k()
+        w_q, w_k = self._map_weights()
         gate = None if self.window_factors is None else self.window_factors.sigmoid().flatten()
         return hybrid.attention(
             q, k, v, config=self._config, feature_map=self.feature_map, w_q=w_q, w_k=w_k, gate=gate, segment=self.segment or hybrid.SEGMENT
@@ -282,6 +286,25 @@ class LolaAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._config}, feature_map={self.feature_map!r}, feature_dim={self.feature_dim}"
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embedding of q and k (B, T, heads, D); cos and sin (B or 1, T, 1, D)."""
+    if torch.is_grad_enabled() or ops.traced(q) or not q.dtype == k.dtype == cos.dtype == sin.dtype:
+        return q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
+    if q.shape[1] > 1:
+        return _rotated_at_once(q, cos, sin), _rotated_at_once(k, cos, sin)
+    # In decoding the number of operators counts, not their size.
+    return torch.split_with_sizes(_rotated_at_once(torch.cat((q, k), 2), cos, sin), (q.shape[2], k.shape[2]), 2)
+
+
+def _rotated_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[a cos - b sin, b cos + a sin], in few operators and one tensor."""
+    out = x * cos
+    (a, b), (first, second), (sin_first, sin_second) = x.chunk(2, -1), out.chunk(2, -1), sin.chunk(2, -1)
+    first.addcmul_(b, sin_first, value=-1)
+    second.addcmul_(a, sin_second)
+    return out
 
 
 def _turned(x: Tensor) -> Tensor:

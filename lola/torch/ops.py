@@ -279,10 +279,14 @@ class _Derive:
         self.kept: dict[tuple, tuple[list[weakref.ref], list[int], Any]] = {}
 
     def __call__(self, make: Callable, name: str, *tensors: Tensor) -> Any:
-        key = (make, name, *map(id, tensors))
-        found = self.kept.get(key)
-        if found is not None and found[1] == _versions(tensors) and all(ref() is x for ref, x in zip(found[0], tensors)):
-            return found[2]
+        found = self.kept.get((make, name, *map(id, tensors)))
+        if found is not None:
+            refs, versions, value = found
+            for ref, version, x in zip(refs, versions, tensors):
+                if ref() is not x or x._version != version:
+                    break
+            else:
+                return value
         return self.remember(make(name, *tensors), make, name, *tensors)
 
     def remember(self, value: Any, make: Callable, name: str, *tensors: Tensor) -> Any:

@@ -9,6 +9,7 @@
 #include <Python.h>
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,6 +18,14 @@
 #include "core/message.h"
 #include "lola/cuda.h"
 #include "python/dlpack.h"
+
+/* CUDA may be called from any thread; here one call waits for the other. */
+static pthread_mutex_t calls = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static void end_call(int *begun) {
+  (void)begun;
+  pthread_mutex_unlock(&calls);
+}
+#define ONE_AT_A_TIME __attribute__((cleanup(end_call), unused)) int begun = pthread_mutex_lock(&calls)
 
 enum { MOST_DEVICES = 2, MOST_BLOCKS = 1 << 16, NAME_SIZE = 24, MOST_NAMES = 64 };
 static const int64_t REGION = INT64_C(1) << 32; /* addresses per device */
@@ -178,6 +187,7 @@ static lola_status fault(lola_message *message) {
 /* --- the machine ---------------------------------------------------------------------------- */
 
 static lola_status device_count(int *count, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("device_count", message);
   *count = status ? 0 : devices;
   if (status) return status;
@@ -186,6 +196,7 @@ static lola_status device_count(int *count, lola_message *message) {
 }
 
 static lola_status current_device(int *device, lola_message *message) {
+  ONE_AT_A_TIME;
   *device = current;
   return enter("current_device", message);
 }
@@ -210,6 +221,7 @@ static lola_status take_memory(int device, int64_t bytes, void *stream, void **d
 }
 
 static lola_status allocate(int device, int64_t bytes, void *stream, void **data, lola_message *message) {
+  ONE_AT_A_TIME;
   *data = NULL;
   lola_status status = enter("allocate", message);
   return status ? status : take_memory(device, bytes, stream, data, message);
@@ -228,11 +240,13 @@ static void run_release(operation *op) {
 }
 
 static void release(int device, void *data, void *stream) {
+  ONE_AT_A_TIME;
   enter("release", NULL);
   if (data) queue(device, stream, run_release)->pointers[0] = data;
 }
 
 static lola_status allocate_host(int64_t bytes, void **data, lola_message *message) {
+  ONE_AT_A_TIME;
   *data = NULL;
   lola_status status = enter("allocate_host", message);
   if (status) return status;
@@ -242,6 +256,7 @@ static lola_status allocate_host(int64_t bytes, void **data, lola_message *messa
 }
 
 static void release_host(void *data) {
+  ONE_AT_A_TIME;
   if (!data) return;
   for (stream *on = streams; on; on = on->next)
     if (!on->destroyed && !on->capturing) flush(on); /* as the driver waits */
@@ -284,6 +299,7 @@ static lola_status queue_copy(int device, void *target, int64_t target_pitch, co
 
 static lola_status copy_rows(int device, void *target, int64_t target_pitch, const void *source, int64_t source_pitch,
                              int64_t bytes, int64_t rows, lola_copy_kind kind, void *stream, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("copy", message);
   return status ? status : queue_copy(device, target, target_pitch, source, source_pitch, bytes, rows, kind, stream);
 }
@@ -298,6 +314,7 @@ static void run_zero(operation *op) {
 }
 
 static lola_status zero(int device, void *data, int64_t bytes, void *stream, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("zero", message);
   if (status || !bytes) return status;
   operation *op = queue(device, stream, run_zero);
@@ -309,6 +326,7 @@ static lola_status zero(int device, void *data, int64_t bytes, void *stream, lol
 /* --- streams -------------------------------------------------------------------------------- */
 
 static lola_status synchronize(int device, void *handle, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("synchronize", message);
   if (status) return status;
   if (stream_of(device, handle)->capturing) forbid("waiting for a stream that records a graph");
@@ -317,6 +335,7 @@ static lola_status synchronize(int device, void *handle, lola_message *message) 
 }
 
 static lola_status stream_create(int device, void **handle, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("stream_create", message);
   if (status) return status;
   stream *made = calloc(1, sizeof *made);
@@ -329,16 +348,19 @@ static lola_status stream_create(int device, void **handle, lola_message *messag
 }
 
 static void stream_destroy(int device, void *handle) {
+  ONE_AT_A_TIME;
   flush(stream_of(device, handle));
   ((stream *)handle)->destroyed = 1;
 }
 
 static lola_status capturing(int device, void *handle, int *result, lola_message *message) {
+  ONE_AT_A_TIME;
   *result = stream_of(device, handle)->capturing;
   return enter("capturing", message);
 }
 
 static lola_status event_create(int device, void **handle, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("event_create", message);
   if (status) return status;
   event *made = calloc(1, sizeof *made);
@@ -354,7 +376,10 @@ static event *event_of(int device, void *handle) {
   return found;
 }
 
-static void event_destroy(int device, void *handle) { event_of(device, handle)->destroyed = 1; }
+static void event_destroy(int device, void *handle) {
+  ONE_AT_A_TIME;
+  event_of(device, handle)->destroyed = 1;
+}
 
 static void run_record(operation *op) {
   event *what = op->pointers[0];
@@ -362,6 +387,7 @@ static void run_record(operation *op) {
 }
 
 static lola_status event_record(int device, void *handle, void *stream_handle, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("event_record", message);
   if (status) return status;
   event *what = event_of(device, handle);
@@ -381,6 +407,7 @@ static void run_wait(operation *op) {
 }
 
 static lola_status event_wait(int device, void *handle, void *stream, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("event_wait", message);
   if (status) return status;
   event *what = event_of(device, handle);
@@ -500,6 +527,7 @@ static int64_t workspace_bytes(const lola_cache *cache, int device) {
 }
 
 static lola_status attention(lola_cache *cache, void *workspace, const lola_cuda_call *call, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("attention", message);
   if (status) return status;
   if (cache->shape.batch > 64) return lola_fail(message, LOLA_VALUE_ERROR, "the fake takes 64 rows");
@@ -520,6 +548,7 @@ static int odd_float(const void *data, int64_t i, lola_dtype dtype, int negative
 }
 
 static lola_status check_finite(const lola_cache *cache, const lola_cuda_call *call, int *odd, lola_message *message) {
+  ONE_AT_A_TIME;
   *odd = 0;
   lola_status status = enter("check_finite", message);
   if (status) return status;
@@ -569,6 +598,7 @@ static void run_features(operation *op) {
 static lola_status features(const lola_array *x, int64_t B, int64_t T, int64_t Hx, int64_t D, int64_t Hq, int64_t F,
                             const lola_feature_map *map, int side_key, float *out, int device, void *stream,
                             lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("features", message);
   if (status) return status;
   operation *op = queue(device, stream, run_features);
@@ -600,6 +630,7 @@ static void run_state(operation *op) {
 static lola_status queue_state(const char *name, const lola_array *fk, const lola_array *v, const float *H,
                                const float *s, const void *third, int64_t B, int64_t S, int64_t Hq, int64_t Hs,
                                int64_t F, int64_t Dv, int score, int device, void *stream, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter(name, message);
   if (status) return status;
   operation *op = queue(device, stream, run_state);
@@ -639,6 +670,7 @@ static void run_select(operation *op) {
 static lola_status step_select(const float *scores, const int64_t *count, int64_t B, int64_t S, int64_t Hs,
                                int64_t keep, int64_t *kept, int64_t *dropped, int device, void *stream,
                                lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("select", message);
   if (status) return status;
   operation *op = queue(device, stream, run_select);
@@ -668,6 +700,7 @@ static void run_attend(operation *op) {
 }
 
 static lola_status attend(const lola_attend_call *call, int device, void *stream, lola_message *message) {
+  ONE_AT_A_TIME;
   lola_status status = enter("attend", message);
   if (!status) queue(device, stream, run_attend)->attend = *call;
   return status;

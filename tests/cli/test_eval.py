@@ -14,7 +14,7 @@ from lola.models import Llama
 
 KEYS = [
     "model", "attention", "mixing", "task", "length", "sparse", "window", "samples", "accuracy", "low", "high", "cache_bytes",
-    "tokens_per_second", "seed", "weights_hash",
+    "tokens_per_second", "seed", "weights_hash", "device",
 ]  # fmt: skip
 FAST = dict(lengths=[640], samples=3, sparse=24)
 
@@ -57,6 +57,7 @@ def test_rows(folder):
     assert [row["window"] for row in first][:3] == [None, 16, 16]
     for row in rows:
         assert row["model"] == str(folder) and row["length"] == 640 and row["samples"] == 3 and row["seed"] == 42
+        assert row["device"] == "cpu"
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
         assert row["tokens_per_second"] > 0 and row["cache_bytes"] > 0
     assert len({row["weights_hash"] for row in rows[1:6]}) == 1

@@ -6,6 +6,8 @@ run on the device. A module chooses its arrays with ARRAYS = "torch" (the defaul
     pytest -n 4 tests/cuda                                           all of them
     compute-sanitizer --tool memcheck --error-exitcode 1 \\
         python -m pytest -q -p no:xdist tests/cuda/test_cuda_small.py    each kernel at small sizes, without torch
+                                                                     (and racecheck, synccheck, initcheck)
+    python tests/cuda/disassembly.py lola/_cuda.*.so                 what nvcc made of the kernels; needs no GPU
 """
 
 import importlib.util

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -q -p no:xdist tests/cuda/test_cuda_small.py
 
 and the same with racecheck, initcheck and synccheck. Each case is a prefill in two pieces that ends inside a chunk, and
-decoding over a chunk's end, against the oracle; and each of the five steps.
+decoding over a chunk's end, against the oracle; and each of the five steps. Together they launch every kernel that an H100
+takes, most of them in both 16-bit types.
 """
 
 import numpy as np
@@ -14,24 +15,41 @@ from oracle import (DTYPES, Case, assert_close, assert_same_memory, build, error
 
 ARRAYS = "numpy"
 
-LLAMA = Case(B=1, T=300, Hq=4, Hkv=1, D=128, Dv=128, F=128, window=64, chunk=64, sparse=70, mixing="gated", sparse_per="kv_head",
+LLAMA = Case(B=1, T=261, Hq=4, Hkv=1, D=128, Dv=128, F=128, window=64, chunk=64, sparse=70, mixing="gated", sparse_per="kv_head",
              dtype="bfloat16")
 SMALL = Case(B=2, T=40, Hq=4, Hkv=2, D=16, Dv=16, F=16, window=8, chunk=4, sparse=6)
 CASES = {
     "llama": LLAMA,
-    "llama, query_head": LLAMA.but(sparse_per="query_head", dtype="float16", T=230, sparse=20),
-    "llama, float32": LLAMA.but(dtype="float32", T=230, sparse=20),
-    "heads of 64": LLAMA.but(D=64, Dv=64, F=64, Hq=2, Hkv=2, sparse=33, T=260),
-    "heads of 256": LLAMA.but(D=256, Dv=256, F=64, Hq=1, Hkv=1, T=200, sparse=5),
+    "llama, query_head": LLAMA.but(sparse_per="query_head", dtype="float16", T=197, sparse=20),
+    "llama, float32": LLAMA.but(dtype="float32", T=197, sparse=20),
+    "groups of 2": LLAMA.but(Hq=2, T=197, sparse=20),
+    "heads of 64": LLAMA.but(D=64, Dv=64, F=64, Hq=2, Hkv=2, sparse=33),
+    "heads of 64, groups of 4": LLAMA.but(D=64, Dv=64, F=64, T=197, sparse=20),
+    "heads of 64, groups of 2": LLAMA.but(D=64, Dv=64, F=64, Hq=2, T=197, sparse=20, dtype="float16"),
+    "heads of 48": LLAMA.but(D=48, Dv=32, F=64, T=197, sparse=20),
+    "heads of 96": LLAMA.but(D=96, Dv=80, F=64, T=197, sparse=20),
+    "heads of 96, alone": LLAMA.but(D=96, Dv=80, F=64, Hq=1, T=197, sparse=20, dtype="float16"),
+    "heads of 256": LLAMA.but(D=256, Dv=256, F=64, Hq=1, T=197, sparse=5),
+    "features of 256": LLAMA.but(F=256, window=16, chunk=16, sparse=20, T=84),
+    "heads of 64, float32": LLAMA.but(D=64, Dv=64, F=64, Hq=2, window=16, chunk=16, sparse=20, T=84, dtype="float32"),
+    "heads of 201": LLAMA.but(D=201, Dv=7, F=64, Hq=2, window=16, chunk=16, sparse=20, T=84),
+    "features of 130": LLAMA.but(F=130, Dv=33, Hq=2, window=16, chunk=16, sparse=20, T=84),
+    "features of 130, float16": LLAMA.but(F=130, Dv=33, Hq=2, window=16, chunk=16, sparse=20, T=84, dtype="float16"),
+    "features of 90": LLAMA.but(F=90, Dv=33, Hq=2, window=16, chunk=16, sparse=20, T=84),
+    "features of 90, float16": LLAMA.but(F=90, Dv=33, Hq=2, window=16, chunk=16, sparse=20, T=84, dtype="float16"),
     "C 16": LLAMA.but(window=32, chunk=16, sparse=20, T=100),
+    "more rows than groups of blocks": LLAMA.but(B=12, window=8, chunk=4, sparse=6, T=29),
+    "more pairs than rounds": LLAMA.but(D=32, Dv=32, F=32, Hq=1, sparse=600, T=13 * 64 + 4),
     "C 1": LLAMA.but(window=5, chunk=1, sparse=8, T=40, D=64, Dv=64, F=64),
     "float32": SMALL,
     "float16": SMALL.but(dtype="float16", mixing="lolcats"),
     "bfloat16": SMALL.but(dtype="bfloat16", mixing="cache_only", sparse_per="kv_head"),
     "no cache": SMALL.but(sparse=0, mixing="gated"),
+    "no cache, 16 bits": SMALL.but(sparse=0, mixing="lolcats", dtype="bfloat16"),
     "all cached": SMALL.but(sparse=40),
     "odd": SMALL.but(Hq=3, Hkv=1, D=7, Dv=33, F=22, window=6, chunk=3, sparse=7),
     "odd, 16 bits": SMALL.but(Hq=3, Hkv=3, D=33, Dv=7, F=34, window=5, chunk=5, sparse=3, dtype="bfloat16"),
+    "odd, float16": SMALL.but(Hq=3, Hkv=1, D=33, Dv=7, F=34, window=5, chunk=5, sparse=3, dtype="float16"),
     "one": Case(B=1, T=12, Hq=1, Hkv=1, D=1, Dv=1, F=2, window=1, chunk=1, sparse=1),
     "groups of 16": SMALL.but(B=1, Hq=16, Hkv=1, T=30, sparse_per="kv_head", dtype="bfloat16"),
     "external": SMALL.but(score="external", sparse_per="kv_head"),
@@ -54,7 +72,7 @@ def test_prefill_and_decoding(name):
     data = build(case)
     played = replay(data)
     cache = new_cache(data)
-    tail = min(case.T - 2, case.chunk + 3)
+    tail = min(case.T - 2, (case.T - 1) % case.chunk + 4)    # the last chunk, and three tokens of the one before
     at = case.T - tail
     out = run_pieces(data, cache, [at // 2 + 1, *range(at, case.T)])
     assert_close(out, played.exact, played.bound)

@@ -1,7 +1,7 @@
 """Which of these tests run.
 
-LOLA_REQUIRE_HF=1 or LOLA_FORBID_SKIPS=1, as in CI, makes a missing torch, transformers or accelerate an error, and
-LOLA_REQUIRE_LM_EVAL=1 a missing lm-eval; otherwise the tests that need them are left out, with a warning that says so.
+LOLA_REQUIRE_HF=1 or LOLA_FORBID_SKIPS=1, as in CI, makes a missing torch, transformers, accelerate or lm-eval an error;
+otherwise the tests that need them are left out, with a warning that says so.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ else:
 
     if _missing(["accelerate"], REQUIRED):
         collect_ignore.append("test_device_map.py")
-    if _missing(["lm_eval"], os.environ.get("LOLA_REQUIRE_LM_EVAL") == "1"):
+    if _missing(["lm_eval"], REQUIRED):
         collect_ignore.append("test_lm_eval.py")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

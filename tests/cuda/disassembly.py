@@ -1,0 +1,274 @@
+"""Checks what nvcc made of the kernels: their instructions, their registers, and what did not fit into these.
+
+    python tests/cuda/disassembly.py lola/_cuda.*.so
+
+It needs no GPU, but cuobjdump and nvdisasm, from the CUDA Toolkit or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
+For each kernel of one architecture it prints registers, static shared memory, bytes of local memory, matrix instructions
+(HMMA: mma.sync, one warp's; HGMMA: wgmma, four warps' together), and reads and writes of local memory, in all and in main
+loops. A main loop is the innermost loop (a natural loop of the control flow graph) around matrix instructions; in a kernel
+without any, every innermost loop. It fails where
+
+- the module lacks code for a target of setup.py (or of LOLA_CUDA_ARCHS), or PTX of the last one,
+- a kernel of MATRIX is not there or lacks its instruction,
+- a kernel of sm_90a uses more local memory than LOCAL allows.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+# Which matrix instruction a kernel must hold. The scan scores and folds, tensor_kernel projects features.
+MATRIX = {
+    r"attend_wgmma_kernel<.*>": "HGMMA",
+    r"attend_mma_kernel<.*>": "HMMA",
+    r"scan_kernel<resident_kind<.*>>": "HMMA",
+    r"scan_kernel<cache_kind<(bf16|fp16), .*>>": "HMMA",
+    r"tensor_kernel<.*>": "HMMA",
+    r"decode_kernel<(bf16|fp16), [01]>": "HMMA",
+}
+
+# Bytes of local memory that a kernel may have, and its reads and writes in main loops, as nvcc 13.0 compiles it for sm_90a.
+# What is not named here may have none.
+LOCAL = {
+    # Once a tile of queries, and by the warps that only copy.
+    r"attend_wgmma_kernel<.*, 128, .*>": (72, 0),
+    r"attend_wgmma_kernel<.*, 64, .*>": (96, 0),
+    # For head sizes that attend_wgmma does not take, and for architectures without it.
+    r"attend_mma_kernel<.*, 64, 1, 64, 4>": (24, 4),
+    r"attend_mma_kernel<.*, 128, 1, 64, 3>": (32, 4),
+    r"attend_mma_kernel<.*, 128, 2, 64, 2>": (64, 14),
+    # Once a chunk.
+    r"scan_kernel<resident_kind<.*, 2, .*>>": (32, 0),
+    # For pairs that do not fit in shared memory.
+    r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
+    r"scan_kernel<cache_kind<(bf16|fp16), true>>": (88, 0),
+    r"commit_window_kernel": (16, 0),
+    # lola.kernels.select alone.
+    r"select_kernel": (8, 1),
+}
+
+
+@dataclass
+class Kernel:
+    registers: int = 0
+    shared: int = 0
+    local: int = 0
+    count: Counter = field(default_factory=Counter)          # of HMMA, HGMMA, LOCAL
+    in_loops: int = 0                                        # of LOCAL, in main loops
+
+
+# ----------------------------------------------------------------------------------- tools
+
+def tool(name):
+    """The toolkit's program: on PATH, in the toolkit's folder, or in the wheel of the package index."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in wheels.submodule_search_locations if wheels else ():
+        places += map(str, pathlib.Path(folder).glob("*/bin"))
+    path = shutil.which(name, path=os.pathsep.join(places))
+    if not path:
+        sys.exit(f"{name} was not found: it comes with the CUDA Toolkit and with pip install nvidia-cuda-{name}")
+    return path
+
+
+def output(*command, cwd=None):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def readable(names):
+    """scan_kernel<cache_kind<bf16, true>> for what the linker calls it."""
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    result = {}
+    for name, long in zip(names, plain.splitlines()):
+        short = long.replace("(anonymous namespace)::", "").removeprefix("void ")
+        short = short.partition("(")[0].replace(" >", ">")
+        result[name] = short.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("float", "fp32")
+    return result
+
+
+# ----------------------------------------------------------------------------------- what is in the module
+
+def targets_wanted():
+    """As setup.py has them."""
+    setup = pathlib.Path(__file__).parents[2] / "setup.py"
+    archs = os.environ.get("LOLA_CUDA_ARCHS") or re.search(r'^CUDA_ARCHS = "(.*)"$', setup.read_text(), re.M)[1]
+    return re.split(r"[ ,;]+", archs.strip())
+
+
+def check_targets(module, cuobjdump):
+    wanted = targets_wanted()
+    code = Counter(re.findall(r"\.(sm_\w+)\.cubin", output(cuobjdump, "--list-elf", module)))
+    ptx = Counter(re.findall(r"\.(sm_\w+)\.ptx", output(cuobjdump, "--list-ptx", "-all", module)))
+    print(f"code for {', '.join(f'{a} ({n} files)' for a, n in code.items())}; PTX of {', '.join(ptx) or 'nothing'}")
+    most = max(code.values(), default=0)
+    wrong = [f"no code for sm_{a} in {most - code[f'sm_{a}']} of {most} files" for a in wanted if code[f"sm_{a}"] < max(most, 1)]
+    if not ptx[f"sm_{wanted[-1]}"]:
+        wrong.append(f"no PTX of sm_{wanted[-1]} for later architectures")
+    return wrong
+
+
+def resources(kernels, cubin, cuobjdump):
+    """Registers, static shared memory and stack (where spilled registers and arrays of a thread lie)."""
+    text = output(cuobjdump, "--dump-resource-usage", cubin)
+    for name, reg, stack, shared, local in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
+        kernel = kernels[name]
+        kernel.registers, kernel.shared, kernel.local = int(reg), int(shared), int(stack) + int(local)
+
+
+# ----------------------------------------------------------------------------------- instructions
+
+INSTRUCTION = {"HMMA": re.compile(r"\bHMMA\."), "HGMMA": re.compile(r"\bHGMMA\."), "LOCAL": re.compile(r"\b(?:LDL|STL)\b")}
+
+
+def graphs(cubin, nvdisasm):
+    """(function, entry, {basic block: its counts}, {basic block: next ones}) of each function."""
+    name, blocks, after, block = None, {}, defaultdict(list), None
+    for line in output(nvdisasm, "--output-control-flow-graph-with-basic-blocks", cubin).splitlines():
+        if found := re.match(r'subgraph "cluster_(.*)" \{', line):
+            name, blocks, after = found[1], {}, defaultdict(list)
+        elif found := re.match(r'"(.*)":\w+:\w+ -> "(.*)":\w+:\w+ ', line):
+            after[found[1]].append(found[2])
+        elif found := re.match(r'"(.*)"$', line):
+            block = found[1]
+        elif line.startswith("[label="):
+            text = line.replace("\\l", "\n").replace("\\ ", " ")
+            blocks[block] = Counter({what: len(pattern.findall(text)) for what, pattern in INSTRUCTION.items()})
+        elif line == "}" and name is not None:
+            yield name, next(iter(blocks), None), blocks, after
+            name = None
+
+
+def order_of(entry, after):
+    """The blocks that can be reached, each before those it leads to but for the ways back of loops."""
+    order, seen, stack = [], {entry}, [(entry, iter(after[entry]))]
+    while stack:
+        block, rest = stack[-1]
+        for following in rest:
+            if following not in seen:
+                seen.add(following)
+                stack.append((following, iter(after[following])))
+                break
+        else:
+            order.append(block)
+            stack.pop()
+    return order[::-1]
+
+
+def loops_of(entry, after):
+    """The natural loops: sets of blocks."""
+    order = order_of(entry, after)
+    place, before = {block: i for i, block in enumerate(order)}, defaultdict(list)
+    for block in order:
+        for following in after[block]:
+            before[following].append(block)
+    everything = (1 << len(order)) - 1
+    above = dict.fromkeys(order, everything)                 # dominators, a bit for each block
+    above[entry], changed = 1, True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            mine = everything
+            for previous in before[block]:
+                mine &= above[previous]
+            mine |= 1 << place[block]
+            changed |= mine != above[block]
+            above[block] = mine
+    loops = {}
+    for block in order:
+        for head in after[block]:
+            if above[block] >> place[head] & 1:
+                loop, waiting = loops.setdefault(head, {head}), [block]
+                while waiting:
+                    if (one := waiting.pop()) not in loop:
+                        loop.add(one)
+                        waiting += before[one]
+    return list(loops.values())
+
+
+def main_loops(entry, blocks, after):
+    """The blocks of all main loops, and those that hold matrix instructions outside of loops."""
+    loops = sorted(loops_of(entry, after), key=len)
+    matrix = [block for block, count in blocks.items() if count["HMMA"] or count["HGMMA"]]
+    if matrix:
+        return set().union(*(next((loop for loop in loops if block in loop), {block}) for block in matrix))
+    return set().union(*(loop for loop in loops if not any(other < loop for other in loops)))
+
+
+def instructions(kernels, cubin, nvdisasm):
+    for name, entry, blocks, after in graphs(cubin, nvdisasm):
+        if name not in kernels:                              # a function that kernels call: a division
+            continue
+        for count in blocks.values():
+            kernels[name].count += count
+        kernels[name].in_loops = sum(blocks[block]["LOCAL"] for block in main_loops(entry, blocks, after))
+
+
+def read(module, arch, cuobjdump, nvdisasm):
+    kernels = defaultdict(Kernel)
+    with tempfile.TemporaryDirectory() as folder:
+        output(cuobjdump, "--extract-elf", f"{arch}.cubin", str(pathlib.Path(module).absolute()), cwd=folder)
+        for cubin in sorted(pathlib.Path(folder).iterdir()):
+            resources(kernels, cubin, cuobjdump)
+            instructions(kernels, cubin, nvdisasm)
+    names = readable(list(kernels))
+    return {names[name]: kernel for name, kernel in sorted(kernels.items(), key=lambda item: names[item[0]])}
+
+
+# ----------------------------------------------------------------------------------- what must hold
+
+def check_matrix(kernels, arch):
+    wrong = []
+    for pattern, instruction in MATRIX.items():
+        if instruction == "HGMMA" and arch != "sm_90a":      # nothing else has it, the kernels are empty there
+            continue
+        named = [name for name in kernels if re.fullmatch(pattern, name)]
+        if not named:
+            wrong.append(f"no kernel is named {pattern}")
+        wrong += [f"{name} holds no {instruction}" for name in named if not kernels[name].count[instruction]]
+    return wrong
+
+
+def check_local(kernels):
+    wrong = []
+    for name, kernel in kernels.items():
+        most, most_in_loops = next((most for pattern, most in LOCAL.items() if re.fullmatch(pattern, name)), (0, 0))
+        if kernel.local > most:
+            wrong.append(f"{name} has {kernel.local} bytes of local memory, {most} are allowed")
+        if kernel.in_loops > most_in_loops:
+            wrong.append(f"{name} reads or writes local memory {kernel.in_loops} times in main loops, {most_in_loops} are allowed")
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("module", help="the built lola/_cuda.*.so")
+    parser.add_argument("--arch", default="sm_90a", help="print and check the kernels of this one (default: %(default)s)")
+    options = parser.parse_args()
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    wrong = check_targets(options.module, cuobjdump)
+    kernels = read(options.module, options.arch, cuobjdump, nvdisasm)
+    width = max(map(len, kernels), default=6)
+    print(f"\n{options.arch:<{width}}  registers  shared  local  HMMA  HGMMA  local accesses  in main loops")
+    for name, k in kernels.items():
+        print(f"{name:<{width}}  {k.registers:9}  {k.shared:6}  {k.local:5}  {k.count['HMMA']:4}  {k.count['HGMMA']:5}  "
+              f"{k.count['LOCAL']:14}  {k.in_loops:13}")
+    wrong += check_matrix(kernels, options.arch) + (check_local(kernels) if options.arch == "sm_90a" else [])
+    print("", *(wrong or ["as it should be"]), sep="\n")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
