@@ -399,24 +399,6 @@ __global__ void __launch_bounds__(THREADS, 3)
 
 /* --- runs of items a block -------------------------------------------------------------------------- */
 
-/* Units of some rows, and how they are shared out: `run` for each block, one more for the first `longer` of them. */
-struct unit_share {
-  unsigned first_row, units, run, longer;
-
-  __device__ __forceinline__ unit_share(const lola_device_segment &g, const decode_plan &plan, unsigned first,
-                                        unsigned rows)
-      : first_row(first), units(rows * g.Hkv * static_cast<unsigned>(plan.items)), run(units / gridDim.x),
-        longer(units - run * gridDim.x) {}
-
-  __device__ __forceinline__ unsigned begin(unsigned block) const { return block * run + min(block, longer); }
-
-  /* The block whose run holds a unit. */
-  __device__ __forceinline__ unsigned block_of(unsigned unit) const {
-    const unsigned before = longer * (run + 1);
-    return unit < before ? unit / (run + 1) : longer + (unit - before) / run;
-  }
-};
-
 /* Of the KV head `index` of all those of rows in their order. */
 __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, const decode_plan &plan,
                                                 const decode_rows &ordered, unsigned index) {
@@ -442,24 +424,6 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
     row = f.of.row;
   }
   return f;
-}
-
-/* Into L2, by one thread, what a block will ask for first if no row is updated; before the kernels before this one have
- * ended. */
-__device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, const decode_plan &plan, unsigned unit) {
-  const work_unit u = unit_at(plan, unit, 0);
-  const int64_t group = u.group;
-  if (u.kind == STATE_UNIT) {
-    if (g.mixing != LOLA_MIXING_CACHE_ONLY)
-      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
-    return;
-  }
-  const bool sparse = u.kind == SPARSE_UNIT;
-  const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
-  const int64_t at = ((sparse ? group * (g.S / g.Hkv) + u.which : group) * slots + before) * ROW_BYTES;
-  const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
-  prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
-  prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
 /* This thread's element of the call's key and value. */
@@ -602,9 +566,6 @@ __global__ void __launch_bounds__(THREADS, 3)
                            const decode_rows ordered, unsigned *counters, const float *query_phi, float *scratch) {
   extern __shared__ __align__(16) char shared[]; /* two stages */
   lola_device_start_next();
-  const unit_share all(g, plan, 0, g.B);
-  if (threadIdx.x < 2 && all.begin(blockIdx.x) + threadIdx.x < all.begin(blockIdx.x + 1))
-    prefetch_unit(g, plan, all.begin(blockIdx.x) + threadIdx.x);
   /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
   if (plan.awaits) lola_device_await_previous();
   const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain));
@@ -614,7 +575,7 @@ __global__ void __launch_bounds__(THREADS, 3)
       lola_device_await_previous();
       __syncthreads(); /* what is known of the rows before was read */
     }
-    const unit_share share(g, plan, updated ? plain : 0, updated ? g.B - plain : plain);
+    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? g.B - plain : plain);
     work_on<T>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
   }
 }
@@ -660,7 +621,6 @@ struct launch_arguments {
   const lola_device_segment *segment;
   decode_plan plan;
   scratch_places scratch;
-  unsigned blocks;
   bool is_long;
   cudaStream_t stream;
 };
@@ -668,8 +628,9 @@ struct launch_arguments {
 template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device) {
   const cudaError_t error = allow_shared<KERNEL>(a.plan.shared_bytes, device);
   if (error != cudaSuccess) return error;
-  return lola_cuda_launch_chained(KERNEL, a.blocks, THREADS, a.plan.shared_bytes, a.stream, *a.segment, a.plan,
-                                  a.scratch.ordered, a.scratch.counters, a.scratch.phi, a.scratch.partials);
+  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(a.plan.blocks), THREADS, a.plan.shared_bytes, a.stream,
+                                  *a.segment, a.plan, a.scratch.ordered, a.scratch.counters, a.scratch.phi,
+                                  a.scratch.partials);
 }
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
@@ -729,6 +690,12 @@ lola_status too_large(const lola_device_segment &g, int64_t bytes, int most, lol
       g.r, g.D, g.Dv, g.F, static_cast<long long>(bytes), most);
 }
 
+lola_status too_many(const lola_device_segment &g, lola_message *message) {
+  return lola_fail(message, LOLA_VALUE_ERROR,
+                   "a batch of %d with window %lld and sparse %d is too large for one decoding step: pass fewer rows",
+                   g.B, static_cast<long long>(g.W), g.L);
+}
+
 lola_status launched(cudaError_t error, const char *kernel, lola_message *message) {
   if (error == cudaSuccess) return lola_cuda_launched(kernel, message);
   cudaGetLastError();
@@ -745,6 +712,43 @@ int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decod
   const int64_t least = divided_up(groups, MOST_GROUPS - 2), units = groups * p.items;
   if (blocks < least) blocks = least;
   return blocks < units ? blocks : units;
+}
+
+/* All of a step's plan but what depends on the update; before the first kernel, so that a step which does not fit
+ * leaves the cache as it was. */
+lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *device, device_limits *limits,
+                      lola_message *message) {
+  cudaError_t error = cudaGetDevice(device);
+  if (error == cudaSuccess) error = limits_of(*device, limits);
+  if (error != cudaSuccess) return launched(error, "decode", message);
+  const plan_sizes sizes = sizes_of(g);
+  const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv, item = lola_device_item(g.dtype);
+  decode_plan p = plan_of(sizes, uses_matrix(g));
+  if (p.items > INT64_C(0x7fffffff) / groups || scratch_floats(p, 1) > INT64_C(0x7fffffff)) return too_many(g, message);
+  if (p.pipeline) {
+    p.shared_bytes = PIPELINE_BYTES;
+    p.blocks = pipeline_blocks(groups, *limits, p);
+  } else {
+    place_shared(sizes, &p);
+    p.blocks = groups * p.items;
+    p.prefetch = p.blocks <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
+  }
+  if (p.shared_bytes + 64 > limits->shared_bytes) return too_large(g, p.shared_bytes, limits->shared_bytes, message);
+  p.gathers = lola_cuda_decode_commits(&g);
+  p.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
+  p.call_aligned = p.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
+  p.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
+  p.by_items = divisor_of(p.items);
+  p.by_kv_heads = divisor_of(g.Hkv);
+  p.by_state_parts = divisor_of(p.state_parts);
+  p.by_sparse_tiles = divisor_of(p.sparse_tiles);
+  p.by_rs = divisor_of(g.rs);
+  p.by_pairs = divisor_of(p.pairs);
+  p.by_C = divisor_of(g.C);
+  p.by_R = divisor_of(g.R);
+  p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
+  *plan = p;
+  return LOLA_OK;
 }
 
 } // namespace
@@ -779,9 +783,9 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   if (!g.B || !g.Hkv) return LOLA_OK;
   int device = 0;
   device_limits limits = {};
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = limits_of(device, &limits);
-  if (error != cudaSuccess) return launched(error, "decode_queries", message);
+  decode_plan step = {};
+  lola_status status = plan_step(g, &step, &device, &limits, message);
+  if (status) return status;
   const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
@@ -801,14 +805,13 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
   plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
-  if (blocks > INT64_C(0x7fffffff))
-    return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large for one decoding step: pass fewer rows",
-                     g.B);
+  if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
   const scratch_places places = places_in(scratch, g);
   const auto queue = [&](auto kernel) {
-    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan,
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
                                     places.ordered, places.phi);
   };
+  cudaError_t error = cudaSuccess;
   if (many) {
     error = queue(decode_queries_kernel<MANY_ROWS>);
   } else {
@@ -821,48 +824,16 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
 lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
                              lola_message *message) {
   const lola_device_segment &g = *segment;
-  const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv;
-  if (!groups) return LOLA_OK;
-  const plan_sizes sizes = sizes_of(g);
-  decode_plan plan = plan_of(sizes, uses_matrix(g));
+  if (!g.B || !g.Hkv) return LOLA_OK;
   int device = 0;
   device_limits limits = {};
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = limits_of(device, &limits);
-  if (error != cudaSuccess) return launched(error, "decode", message);
-  if (plan.items > INT64_C(0x7fffffff) / groups || scratch_floats(plan, 1) > INT64_C(0x7fffffff))
-    return lola_fail(message, LOLA_VALUE_ERROR,
-                     "a batch of %d with window %lld and sparse %d is too large for one decoding step: pass fewer rows",
-                     g.B, static_cast<long long>(g.W), g.L);
-  const int64_t item = lola_device_item(g.dtype);
-  int64_t blocks = groups * plan.items;
-  plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
-  if (plan.pipeline) {
-    plan.shared_bytes = PIPELINE_BYTES;
-    blocks = pipeline_blocks(groups, limits, plan);
-  } else {
-    place_shared(sizes, &plan);
-  }
+  decode_plan plan = {};
+  lola_status status = plan_step(g, &plan, &device, &limits, message);
+  if (status) return status;
   plan.awaits = !updated;
-  plan.gathers = lola_cuda_decode_commits(segment);
-  if (plan.shared_bytes + 64 > limits.shared_bytes)
-    return too_large(g, plan.shared_bytes, limits.shared_bytes, message);
-  plan.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
-  plan.call_aligned = plan.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
-  plan.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
-  plan.by_items = divisor_of(plan.items);
-  plan.by_kv_heads = divisor_of(g.Hkv);
-  plan.by_state_parts = divisor_of(plan.state_parts);
-  plan.by_sparse_tiles = divisor_of(plan.sparse_tiles);
-  plan.by_rs = divisor_of(g.rs);
-  plan.by_pairs = divisor_of(plan.pairs);
-  plan.by_C = divisor_of(g.C);
-  plan.by_R = divisor_of(g.R);
-  plan.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
-  const launch_arguments a = {segment,        plan,  places_in(scratch, g), static_cast<unsigned>(blocks),
-                              is_long(sizes), stream};
-  error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
-          : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
-                                    : launch_items<__nv_bfloat16>(a, device);
+  const launch_arguments a = {segment, plan, places_in(scratch, g), is_long(sizes_of(g)), stream};
+  const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
+                            : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
+                                                      : launch_items<__nv_bfloat16>(a, device);
   return launched(error, "decode", message);
 }

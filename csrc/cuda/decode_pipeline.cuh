@@ -75,6 +75,52 @@ __device__ __forceinline__ work_unit unit_at(const decode_plan &plan, unsigned i
   return u;
 }
 
+/* Units of some rows, and how they are shared out: `run` for each block, one more for the first `longer` of them. */
+struct unit_share {
+  unsigned first_row, units, run, longer;
+
+  __device__ __forceinline__ unit_share(const lola_device_segment &g, const decode_plan &plan, unsigned blocks,
+                                        unsigned first, unsigned rows)
+      : first_row(first), units(rows * g.Hkv * static_cast<unsigned>(plan.items)), run(units / blocks),
+        longer(units - run * blocks) {}
+
+  __device__ __forceinline__ unsigned begin(unsigned block) const { return block * run + min(block, longer); }
+
+  /* The block whose run holds a unit. */
+  __device__ __forceinline__ unsigned block_of(unsigned unit) const {
+    const unsigned before = longer * (run + 1);
+    return unit < before ? unit / (run + 1) : longer + (unit - before) / run;
+  }
+};
+
+/* A unit into L2, by one thread, before anything is known of its row. */
+__device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, const decode_plan &plan, unsigned unit) {
+  const work_unit u = unit_at(plan, unit, 0);
+  const int64_t group = u.group;
+  if (u.kind == STATE_UNIT) {
+    if (g.mixing != LOLA_MIXING_CACHE_ONLY)
+      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
+    return;
+  }
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
+  const int64_t at = ((sparse ? group * (g.S / g.Hkv) + u.which : group) * slots + before) * ROW_BYTES;
+  const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
+  prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+  prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+}
+
+/* The first two units of every block's run if no row is updated, by all blocks of a kernel that has time for it. */
+__device__ __forceinline__ void prefetch_first_units(const lola_device_segment &g, const decode_plan &plan) {
+  const unsigned blocks = static_cast<unsigned>(plan.blocks);
+  const unit_share share(g, plan, blocks, 0, g.B);
+#pragma unroll 1
+  for (unsigned i = blockIdx.x + gridDim.x * threadIdx.x; i < 2 * blocks; i += gridDim.x * THREADS) {
+    const unsigned unit = share.begin(i / 2) + i % 2;
+    if (unit < share.begin(i / 2 + 1)) prefetch_unit(g, plan, unit);
+  }
+}
+
 /* Pairs of a unit that exist; may be negative. */
 __device__ __forceinline__ int pairs_of(const group_facts &facts, const work_unit &u) {
   const int pairs = u.kind == SPARSE_UNIT ? facts.counts[u.which] : facts.of.window_pairs;

@@ -1,4 +1,5 @@
-/* phi(q) of every (row, query head), the rows' spans and their order, before anything else of a decoding step.
+/* phi(q) of every (row, query head), the rows' spans and their order, before anything else of a decoding step. While
+ * this and the update's kernels look for work memory has none, so it also brings the main kernel's first bytes into L2.
  *
  * A block takes one head and up to ROWS rows, so that a large batch reads the feature map's weights (D x M float32,
  * from L2) once for several rows. Sums are in an order that is fixed by the sizes alone: a row's features have the same
@@ -7,7 +8,7 @@
 #define LOLA_CUDA_DECODE_QUERIES_CUH
 
 #include "chain.cuh"
-#include "decode.cuh"
+#include "decode_pipeline.cuh"
 #include "plan.cuh"
 #include "scan.cuh"
 
@@ -220,13 +221,15 @@ __device__ __forceinline__ void write_rows(const lola_device_segment &g, const c
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, decode_rows ordered, float *phi) {
+                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step,
+                          decode_rows ordered, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
   const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
   const bool hedgehog = is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
+  if (step.pipeline) prefetch_first_units(g, step);
   if (block < 0) {
     lola_device_await_previous();
     lola_device_start_next();
