@@ -18,6 +18,8 @@ from . import ops
 NAME = "lola"
 # Columns that are recorded for a rollback at most, while transformers asks for it.
 RECORDED = 1024
+# What a copy of a layer needs beside its memory.
+_STATE = ("seen", "is_initialized", "_spec", "_sizes", "_dtype", "_padded")
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -48,7 +50,9 @@ class LolaCacheLayer(CacheLayerMixin):
         # For rollbacks of speculative decoding: the memory as it was, and the calls since then.
         self.record_past = False
         self._past: lola.Cache | None = None
-        self._calls: list[tuple[int, Callable[[int], Tensor]]] = []
+        self._calls: list[_Call] = []
+        # The last call that had padding: where it begins and ends, its columns, and which of them were tokens.
+        self._padded: tuple[int, int, int, Rows] = (0, 0, 0, Rows())
         self._home: torch.device | None = None  # where an offloaded memory comes from
 
     @property
@@ -104,13 +108,13 @@ class LolaCacheLayer(CacheLayerMixin):
             def attend(q, k, v, starts, stops):
                 return ops.run(q, k, v, self.cache, None, made, gate=gate, starts=starts, stops=stops)
 
-            if rows.starts is not None:
-                self._forget_past()  # rows of different length, which crop refuses
-            elif self.record_past and (self._past is None or sum(n for n, _ in self._calls) > RECORDED):
+            if self.record_past and (self._past is None or self._recorded() > RECORDED):
                 self._past, self._calls = self.cache.copy(), []
         out = rows.attend(q, k, v, attend)
         if self._past is not None:
-            self._calls.append((q.shape[1], lambda n: attend(q[:, :n], k[:, :n], v[:, :n], None, None)))
+            self._calls.append(_Call(q, k, v, rows, attend))
+        if rows.starts is not None:
+            self._padded = self.seen, self.seen + q.shape[1], q.shape[1], rows
         self.seen += q.shape[1]
         return out
 
@@ -135,7 +139,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self._forget_past()
         if self.cache is not None:
             self.cache.reset()
-        self.seen = 0
+        self.seen, self._padded = 0, (0, 0, 0, Rows())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._forget_past()
@@ -159,6 +163,9 @@ class LolaCacheLayer(CacheLayerMixin):
     def _forget_past(self) -> None:
         self._past, self._calls = None, []
 
+    def _recorded(self) -> int:
+        return sum(call.columns for call in self._calls)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -tokens_to_remove tokens of every row, back to the start of its current chunk at most.
 
@@ -172,27 +179,42 @@ class LolaCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.seen)
-        past, calls = self._past, self._calls
+        past, calls, recorded = self._past, self._calls, self._recorded()
         self._forget_past()
         if tokens_to_remove == 0 or self.cache is None:
             return
-        seen = self.cache.tokens_seen
+        seen, left = self.cache.tokens_seen, recorded + tokens_to_remove
         if (seen != seen[0]).any():
             raise ValueError(f"crop cannot shorten rows of different length, {seen.tolist()}: LoLA crops all rows to one length")
-        if seen[0] + tokens_to_remove < 0:
+        keep = int(seen[0]) + tokens_to_remove + self._padding(calls, self.seen + tokens_to_remove)
+        if keep < 0:
             raise ValueError(f"crop cannot forget {-tokens_to_remove} tokens of {seen[0]}")
         try:
-            self.cache.crop(int(seen[0]) + tokens_to_remove)
+            self.cache.crop(keep)
         except ValueError:
-            left = sum(n for n, _ in calls) + tokens_to_remove
             if past is None or left < 0:
                 raise
             self._set(past)
-            for n, repeat in calls:
-                if left > 0:
-                    repeat(min(n, left))
-                left -= n
+            for call in calls:
+                call.repeat(min(call.columns, left))
+                left = max(0, left - call.columns)
         self.seen += tokens_to_remove
+        begin, end, columns, rows = self._padded
+        self._padded = begin, min(end, max(begin, self.seen)), columns, rows
+
+    def _padding(self, calls: list[_Call], first: int) -> int:
+        """How many columns from `first` on are padding, in a row; `calls` are the last ones."""
+        found, at = 0, self.seen
+        for call in reversed(calls):
+            at -= call.columns
+            found += call.rows.padding(call.columns, max(0, first - at), call.columns)
+        begin, end, columns, rows = self._padded
+        end = min(end, at)
+        if first < end:
+            if first < begin:
+                raise ValueError("crop cannot forget more columns than those since the last call with padding, and that call's")
+            found += rows.padding(columns, first - begin, end - begin)
+        return found
 
     def offload(self) -> None:
         if self.cache is not None and self._buffers[0].device.type != "cpu":
@@ -206,18 +228,37 @@ class LolaCacheLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> LolaCacheLayer:
         twin = type(self)()
         memo[id(self)] = twin
-        for name in ("seen", "is_initialized", "_spec", "_sizes", "_dtype"):
+        for name in _STATE:
             setattr(twin, name, getattr(self, name))
         if self.cache is not None:
             twin._set(self.cache.copy())
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: getattr(self, name) for name in ("seen", "is_initialized", "_spec", "_sizes", "_dtype")}
+        state = {name: getattr(self, name) for name in _STATE}
         return _from_pickle, (type(self), state, self.cache)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seen={self.seen}, cache={self.cache!r})"
+
+
+class _Call(NamedTuple):
+    """What was read at once, to read its beginning again."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Rows
+    attend: Callable[..., Tensor]
+
+    @property
+    def columns(self) -> int:
+        return self.q.shape[1]
+
+    def repeat(self, columns: int) -> None:
+        if columns:
+            rows = self.rows if self.rows.starts is None else rows_of(self.rows.valid(self.columns)[:, :columns])
+            rows.attend(*(x[:, :columns] for x in (self.q, self.k, self.v)), self.attend)
 
 
 def _from_pickle(cls: type[LolaCacheLayer], state: dict[str, Any], cache: lola.Cache | None) -> LolaCacheLayer:
@@ -265,6 +306,21 @@ class Rows(NamedTuple):
             return attend(q, k, v, self.starts, self.stops)
         out = attend(*(_along(x, self.order) for x in (q, k, v)), self.starts, self.stops)
         return _along(out, self.order.argsort(dim=1))
+
+    def padding(self, columns: int, first: int, end: int) -> int:
+        """How many of a call's columns `first` .. `end` are padding, in a row."""
+        if self.starts is None:
+            return 0
+        counts = (~self.valid(columns)[:, first:end]).sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"crop cannot shorten rows by different numbers of tokens: {counts} of these columns are padding")
+        return counts[0]
+
+    def valid(self, columns: int) -> Tensor:
+        """Which columns are tokens, (B, columns) bool; what `rows_of` takes."""
+        at = torch.arange(columns, device=self.starts.device)
+        some = (at >= self.starts[:, None]) & (at < self.stops[:, None])
+        return some if self.order is None else torch.zeros_like(some).scatter_(1, self.order, some)
 
 
 def _along(x: Tensor, order: Tensor) -> Tensor:
