@@ -383,7 +383,8 @@ def rows_of_mask(mask: Tensor | None, tokens: int, seen: int) -> Rows:
     if not isinstance(mask, Tensor):
         raise ValueError(f"attention_mask must be a tensor or None, got {type(mask).__name__}: use sdpa, eager or lola attention")
     if mask.ndim == 3:
-        return Rows(mask[:, 0, 0], mask[:, 0, 1], mask[:, 0, 2:] if mask.shape[2] > 2 else None)
+        starts, stops = (mask[:, 0, i].contiguous() for i in range(2))  # which kernels read
+        return Rows(starts, stops, mask[:, 0, 2:] if mask.shape[2] > 2 else None)
     if mask.ndim == 2:
         return rows_of(mask[:, -tokens:].bool())
     if mask.ndim != 4:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from lola.torch import LolaCacheLayer
+from lola.torch.cache import lola_mask, rows_of_mask
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,16 @@ def test_padding_between_tokens(attn, use_cache):
     for b in range(2):
         real = mask[b].bool()
         assert hf.difference(got[b, real], model(ids[b : b + 1, real]).logits[0]) < 1e-5
+
+
+def test_bounds_of_rows_are_contiguous():
+    """As kernels on a device take them."""
+    mask = torch.ones(3, 20, dtype=torch.long)
+    for padding in (slice(0, 4), slice(15, 20), slice(7, 9)):
+        mask[1, padding] = 0
+        rows = rows_of_mask(lola_mask(3, 20, 20, attention_mask=mask), 20, 0)
+        assert rows.starts.is_contiguous() and rows.stops.is_contiguous()
+        assert torch.equal(rows.valid(20), mask.bool())
 
 
 @pytest.mark.parametrize("attn", ["lola", "sdpa"])
