@@ -141,10 +141,11 @@ class Recorder:
     """What the attention of some layers takes and gives, in the first and the last row of a batch, for checks in closed form."""
 
     def __init__(self, models: Models):
-        self.models, self.on = models, True
+        self.models = models
         self.attentions = {i: models.lola.model.layers[i].self_attn for i in sorted({0, models.size.layers - 1})}
         self.pieces: dict[int, list] = {i: [] for i in self.attentions}
         self.outs: dict[int, torch.Tensor] = {}
+        self.hooks: list = []
         for i, attention in self.attentions.items():
             self._watch(i, attention)
 
@@ -153,18 +154,22 @@ class Recorder:
 
         def projected(hidden, positions):
             made = project(hidden, positions)
-            if self.on:
-                ends = slice(None) if len(hidden) == 1 else [0, -1]
-                # Long pieces would count as memory that decoding needs.
-                self.pieces[i].append([x[ends].to("cpu" if x.shape[1] > 1 else x.device) for x in (hidden, *made)])
+            ends = slice(None) if len(hidden) == 1 else [0, -1]
+            # Long pieces would count as memory that decoding needs.
+            self.pieces[i].append([x[ends].to("cpu" if x.shape[1] > 1 else x.device) for x in (hidden, *made)])
             return made
 
         def attended(_, inputs):
-            if self.on:
-                self.outs[i] = inputs[0][[0, -1], -1:].unflatten(-1, (-1, attention.head_dim))
+            self.outs[i] = inputs[0][[0, -1], -1:].unflatten(-1, (-1, attention.head_dim))
 
         attention.project = projected
-        attention.o_proj.register_forward_pre_hook(attended)
+        self.hooks.append(attention.o_proj.register_forward_pre_hook(attended))
+
+    def stop(self):
+        """Nothing is recorded while time is taken."""
+        for attention, hook in zip(self.attentions.values(), self.hooks):
+            del attention.project
+            hook.remove()
 
     def fork(self):
         """The first row goes on as all rows."""
@@ -271,14 +276,19 @@ class Loop:
         self.token = torch.randint(self.models.size.vocabulary, (rows, 1), device=self.token.device)
         self.backend.free()
 
-    def checked(self, report) -> float:
-        """Steps over the end of a chunk, and LoLA's check; the peak memory of the steps."""
+    def update(self) -> float:
+        """Steps over the end of a chunk where there are chunks, a few elsewhere: their peak memory."""
         with self.backend.memory_used() as used:
             self.steps(self.models.geometry.chunk + 8 if self.recorder else 4)
+        return used.peak
+
+    def checked(self, report) -> float:
+        """The same; LoLA's outputs are then compared with those over all that was read."""
+        peak = self.update()
         if self.recorder:
             report.checked(self.recorder.checks(self.cache, len(self.token)))
-            self.backend.free()
-        return used.peak
+        self.backend.free()
+        return peak
 
     def largest_batch(self, report: Report, name: str, where: str) -> float:
         """Tokens per second of as many rows as fit, and the peak memory of one row and of these. One row remains."""
@@ -288,13 +298,11 @@ class Loop:
             self.prefill(size.context)
             self.steps(4)
         report.figure(f"{name}, 1 row, peak memory, prefill included", where, "GB", [used.peak / GB])
-        few = size.few if self.recorder else 2
-        peaks = []
-        for rows in (1, few):
-            self.fork(rows)
-            peaks.append(self.checked(report))
-        row = (peaks[1] - peaks[0]) / (few - 1)
-        rows = 1 + int((size.memory - peaks[0]) / row)
+        self.backend.free()
+        one, few = self.checked(report), size.few if self.recorder else 2
+        self.fork(few)
+        row = (self.update() - one) / (few - 1)
+        rows = 1 + int((size.memory - one) / row)
         while True:
             rows = max(1, rows)
             self.fork(rows)
@@ -304,7 +312,7 @@ class Loop:
             rows -= math.ceil((peak - size.memory) / row)
         report.figure(f"{name}, {rows} rows, peak memory", where, "GB", [peak / GB])
         if self.recorder:
-            self.recorder.on = False
+            self.recorder.stop()
         count = self.models.geometry.chunk if self.recorder else PEER_STEPS
         seconds = alternate(self.backend, {name: lambda: self.seconds(count)}, size.rounds, BUDGET)[name]
         rate = report.figure(f"{name}, {rows} rows, the most in {size.memory / GB:.0f} GB", where, "tokens/s", rows / seconds)
