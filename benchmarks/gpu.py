@@ -103,7 +103,11 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        return graph.replay
+
+        def replay(held=run):                 # a graph does not keep the memory that it reads: whatever `run` holds lives as long
+            graph.replay()
+
+        return replay
 
     def replays(self, replay: Callable[[], None], count: int, before: Callable[[int], object] = lambda i: None) -> np.ndarray:
         """Seconds of each of `count` replays; `before(i)` queues what is not timed."""

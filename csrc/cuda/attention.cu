@@ -5,7 +5,7 @@
  * Decoding keeps what it needs in the cache's workspace; only an update, which needs features of all its pairs for a
  * moment, takes more from the pool. */
 #include "device.cuh"
-#include "segment.cuh"
+#include "plan.cuh"
 #include "steps.cuh"
 
 namespace {
@@ -16,54 +16,11 @@ constexpr int64_t SEGMENT_TOKENS = 4096;
 
 /* --- the plan ------------------------------------------------------------------------------------------------------ */
 
-__device__ int64_t index_at(const lola_index &index, int64_t i) {
-  return index.item_size == 4 ? static_cast<const int32_t *>(index.data)[i]
-                              : static_cast<const int64_t *>(index.data)[i];
-}
-
-__device__ int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-
-struct call_rows {
-  lola_index starts, stops, cu_seqlens;
-  int64_t tokens; /* T of the arrays */
-};
-
-/* Offsets of the call that enter a row. */
-__device__ void row_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
-  int64_t T = rows.tokens;
-  if (rows.cu_seqlens.data) {
-    *start = clamped(index_at(rows.cu_seqlens, row), 0, T);
-    *stop = clamped(index_at(rows.cu_seqlens, row + 1), *start, T);
-  } else {
-    *start = rows.starts.data ? clamped(index_at(rows.starts, row), 0, T) : 0;
-    *stop = rows.stops.data ? clamped(index_at(rows.stops, row), *start, T) : T;
-  }
-}
-
 /* The spans of offsets first .. first+count-1 of the call. */
 __global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
                             int64_t first, int64_t count) {
   int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= g.B) return;
-  int64_t start, stop;
-  row_range(rows, row, &start, &stop);
-  start = max(start, first);
-  stop = min(stop, first + count);
-  bool packed = rows.cu_seqlens.data;
-  lola_device_span span = {};
-  span.position = g.tokens_seen[row];
-  span.updated = g.chunks[row];
-  span.batch = packed ? 0 : row;
-  span.first = start;
-  if (stop > start) {
-    span.tokens = static_cast<int32_t>(stop - start);
-    span.chunks = static_cast<int32_t>((span.position + span.tokens - 1) / g.C - span.position / g.C + 1);
-  }
-  span.token = static_cast<int32_t>((packed ? 0 : row * count) + start - first);
-  /* Chunk records are counted so that no prefix sum is needed: n tokens touch at most n / C + 2 chunks. They ascend
-   * with the row, idle ones too, so that a record's row can be searched for. */
-  span.chunk = static_cast<int32_t>(packed ? (start - first) / g.C + 2 * row : row * (count / g.C + 2));
-  g.spans[row] = span;
+  if (row < g.B) g.spans[row] = span_of(g, rows, row, first, count);
 }
 
 /* Outputs of tokens that enter no row are zero. One thread per (batch row, token, head). */
@@ -211,7 +168,7 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
     take_phi(&from, &g);
   }
   g.tokens = g.B; /* a token a row, at most */
-  lola_status status = queue_plan(g, rows, 0, 1, stream, message);
+  lola_status status = lola_cuda_decode_begin(&g, rows, decode_scratch, stream, message);
   if (!call->no_update) {
     if (!status) status = lola_cuda_segment_features(&g, 0, stream, message);
     if (!status) status = lola_cuda_scan(&g, 0, stream, message);

@@ -1,17 +1,19 @@
-/* decode: one token for each row that is not idle, one launch.
+/* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
+ * spans and phi(q) (decode_queries.cuh), then everything else.
  *
- * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: for
- * each (row, KV head) one block per query head for phi(q)^T H (a float32 F x Dv state, decode_state.cuh), one per tile
- * of sparse pairs and one per tile of window pairs (decode_matrix.cuh for 16-bit caches, else decode_generic.cuh). A
- * block asks for all that it reads before it waits for anything. Each leaves a partial in scratch: float32 sums o
- * (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head) that arrives
- * last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend on which one
- * it is. Tiles are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The block that
- * holds the newest pair writes it into the window ring and advances the counters, which no other reads. */
-#include "chain.cuh"
-#include "decode.cuh"
+ * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
+ * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
+ * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes a run of items
+ * (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit caches, else
+ * decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a partial in scratch:
+ * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head)
+ * that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend
+ * on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The
+ * block that holds the newest pair writes it into the window ring and advances the counters, which no other reads. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
+#include "decode_pipeline.cuh"
+#include "decode_queries.cuh"
 #include "decode_state.cuh"
 
 namespace {
@@ -43,6 +45,12 @@ bool fits_matrix(const plan_sizes &sizes) {
   return sizes.dtype != LOLA_FLOAT32 && sizes.D % 8 == 0 && sizes.Dv % 8 == 0;
 }
 
+/* Whether they go through the pipeline; sizes alone say so. */
+bool fits_pipeline(const plan_sizes &sizes) {
+  return sizes.dtype != LOLA_FLOAT32 && sizes.D == WIDE && sizes.Dv == WIDE && sizes.F % UNIT_PAIRS == 0 &&
+         sizes.r <= MATRIX_HEADS && sizes.R < (1 << 30) && sizes.L < (1 << 30);
+}
+
 /* Whether a tile of them does not stay in a warp's hands. */
 bool is_long(const plan_sizes &sizes) { return sizes.D > SPAN || sizes.Dv > SPAN || sizes.r > MATRIX_HEADS; }
 
@@ -50,6 +58,7 @@ bool is_long(const plan_sizes &sizes) { return sizes.D > SPAN || sizes.Dv > SPAN
 decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   const int64_t per_piece = PIECE / lola_device_item(sizes.dtype);
   decode_plan p = {};
+  p.pipeline = matrix && fits_pipeline(sizes);
   const int64_t key_pieces = divided_up(sizes.D, per_piece), value_pieces = divided_up(sizes.Dv, per_piece);
   const int64_t widest = key_pieces > value_pieces ? key_pieces : value_pieces;
   p.matrix = matrix;
@@ -57,7 +66,9 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   p.value_pieces = static_cast<int>(value_pieces);
   p.columns = static_cast<int>(value_pieces * per_piece);
   p.lanes = widest <= 8 ? 8 : widest <= 16 ? 16 : 32;
-  if (matrix) {
+  if (p.pipeline) {
+    p.pairs = UNIT_PAIRS;
+  } else if (matrix) {
     p.pairs = MATRIX_PAIRS;
   } else {
     const int64_t groups = THREADS / p.lanes, pass_bytes = groups * (key_pieces + value_pieces) * PIECE;
@@ -67,15 +78,18 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   }
   p.window_tiles = divided_up(sizes.R, p.pairs);
   p.sparse_tiles = divided_up(sizes.L, p.pairs);
-  p.items = sizes.r + sizes.sets * p.sparse_tiles + p.window_tiles;
-  p.slots = p.window_tiles + p.sparse_tiles + 1;
+  p.state_parts = p.pipeline ? static_cast<int>(sizes.F / UNIT_PAIRS) : 1;
+  p.state_items = sizes.r * p.state_parts;
+  p.sparse_items = sizes.sets * p.sparse_tiles;
+  p.items = p.state_items + p.sparse_items + p.window_tiles;
+  p.slots = p.window_tiles + p.sparse_tiles + p.state_parts;
   return p;
 }
 
 int64_t scratch_floats(const decode_plan &plan, int64_t r) { return r * plan.slots * (plan.columns + INT64_C(4)); }
 
 /* Where things lie in shared memory. 64-bit sums: a size too large shows in shared_bytes, and nothing runs. */
-void place_shared(const plan_sizes &sizes, int64_t M, decode_plan *p) {
+void place_shared(const plan_sizes &sizes, decode_plan *p) {
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t place = at;
@@ -112,17 +126,15 @@ void place_shared(const plan_sizes &sizes, int64_t M, decode_plan *p) {
     const int64_t copies = divided_up(sizes.F, groups) * divided_up(sizes.Dv, columns);
     take((copies < DEPTH ? copies : DEPTH) * THREADS * p->state_vector * 4);
   }
-  const int64_t block = p->weight_vector << p->weight_shift;
-  const int64_t parts = divided_up(M, block) * THREADS * p->weight_vector * 4, sums = (THREADS * 4 + WARPS) * 4;
-  p->reduce_at = take(parts > sums ? parts : sums);
-  p->x_at = take(sizes.D * 4);
+  p->reduce_at = take((THREADS * 4 + WARPS) * 4);
   p->phi_at = take(sizes.F * 4);
   if (at > most) most = at;
   p->shared_bytes = most;
 }
 
-/* Scratch: a counter of arrivals per (row, KV head), zero between launches; then the partials. */
+/* Scratch: a counter of arrivals per (row, KV head), zero between launches; phi(q); the partials. */
 int64_t counter_bytes(int64_t groups) { return divided_up(groups * 4, 256) * 256; }
+int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
 /* --- the merge ------------------------------------------------------------------------------------- */
 
@@ -132,11 +144,12 @@ __device__ __forceinline__ int tiles_of(const decode_plan &plan, int64_t n) {
 }
 
 /* One warp a query head, four columns a lane; tiles in order, window first, then the state. Everything is asked for
- * before anything is used, up to MERGE tiles at a time. `first_count` is the number of sparse pairs that head `warp`
- * sees. */
-__device__ __forceinline__ void merge(const lola_device_segment &g, const decode_plan &plan,
-                                      const lola_device_span &span, int64_t group, int kv_head, int64_t window_pairs,
-                                      int first_count, const float *partials) {
+ * before anything is used, up to MERGE tiles at a time. The output is that of token `first` of batch row `batch`;
+ * `count_of` says how many sparse pairs a query head of the group sees. */
+template <class Count>
+__device__ __forceinline__ void merge(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
+                                      int64_t first, int kv_head, int64_t window_pairs, Count count_of,
+                                      const float *partials) {
   constexpr int MERGE = 12, LANE_COLUMNS = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int stride = plan.columns + 4, slots = static_cast<int>(plan.slots),
@@ -144,38 +157,37 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
   const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {
-    int64_t count = first_count;
-    if (j != warp && g.L) {
-      const unsigned set = divided(static_cast<unsigned>(j), plan.by_rs);
-      count = g.sparse_count[group * (g.S / g.Hkv) + set];
-    }
-    const int tiles = window_tiles + tiles_of(plan, count);
+    const int tiles = window_tiles + tiles_of(plan, count_of(j));
     const float *own = partials + static_cast<int64_t>(j) * slots * stride;
-    const float *state = own + (slots - 1) * stride;
+    const float *state = own + (slots - plan.state_parts) * stride;
     const int head = kv_head * g.r + j;
     const float gate = g.gate ? g.gate[head] : 0;
-    const float z = __ldcg(state + plan.columns);
-    char *out = lola_device_at(g.out, span.batch, span.first, head);
+    float z = 0;
+#pragma unroll 2
+    for (int part = 0; part < plan.state_parts; part++) z += __ldcg(state + part * stride + plan.columns);
+    char *out = lola_device_at(g.out, batch, first, head);
 #pragma unroll 1
     for (int base = 0; base < plan.columns; base += 32 * LANE_COLUMNS) {
       const int column = base + lane * LANE_COLUMNS;
       const bool in = column < plan.columns;
       float n[4] = {0, 0, 0, 0}; /* of columns that exist: the state leaves the others unwritten */
+#pragma unroll 2
+      for (int part = 0; part < plan.state_parts; part++)
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        if (column + e < g.Dv) n[e] = __ldcg(state + column + e);
+        for (int e = 0; e < 4; e++)
+          if (column + e < g.Dv) n[e] += __ldcg(state + part * stride + column + e);
       float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
 #pragma unroll 1
-      for (int first = 0; first < tiles; first += MERGE) {
-        const int left = min(tiles - first, MERGE);
+      for (int done = 0; done < tiles; done += MERGE) {
+        const int left = min(tiles - done, MERGE);
         float4 x[MERGE];
 #pragma unroll
         for (int t = 0; t < MERGE; t++) {
-          const int at = (first + t) * stride + (first + t < window_tiles ? 0 : gap) + column;
+          const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + column;
           x[t] = make_float4(0, 0, 0, 0);
           if (t < left && in) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
         }
-        const int at = (first + lane) * stride + (first + lane < window_tiles ? 0 : gap) + plan.columns;
+        const int at = (done + lane) * stride + (done + lane < window_tiles ? 0 : gap) + plan.columns;
         float2 pair = make_float2(-INFINITY, 0);
         if (lane < left) pair = __ldcg(reinterpret_cast<const float2 *>(own + at));
         const float higher = fmaxf(high, warp_max(pair.x));
@@ -201,12 +213,12 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
           lola_device_store(out, column + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
         }
       if (base == 0 && lane == 0 && g.share.data)
-        *reinterpret_cast<float *>(lola_device_at(g.share, span.batch, span.first, head)) = w.share;
+        *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
     }
   }
 }
 
-/* --- the kernel ------------------------------------------------------------------------------------ */
+/* --- an item a block ------------------------------------------------------------------------------- */
 
 /* What a block works on. */
 struct block_part {
@@ -240,11 +252,9 @@ __device__ __forceinline__ void prefetch_part(const lola_device_segment &g, cons
                                               const block_part &b) {
   const int64_t item = lola_device_item(g.dtype);
   if (b.is_state) {
-    const int64_t head = b.kv_head * g.r + b.tile, state = static_cast<int64_t>(b.group) * g.r + b.tile;
+    const int64_t state = static_cast<int64_t>(b.group) * g.r + b.tile;
     if (g.mixing == LOLA_MIXING_CACHE_ONLY || g.F * g.Dv % 4) return;
     prefetch(g.hidden + state * g.F * g.Dv, g.F * INT64_C(4) * g.Dv);
-    const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
-    if (g.map.w_q && plan.weight_vector == 4) prefetch(g.map.w_q + head * g.D * M, g.D * INT64_C(4) * M);
     return;
   }
   if (!plan.cache_aligned) return;
@@ -281,7 +291,7 @@ __device__ __forceinline__ row_window window_of(const lola_device_segment &g, co
 template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS, 3)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                  unsigned *counters, float *scratch) {
+                  unsigned *counters, const float *query_phi, float *scratch) {
   extern __shared__ __align__(16) char shared[];
   /* What is needed once more at the end waits in shared memory, not in registers. */
   __shared__ lola_device_span kept;
@@ -312,7 +322,7 @@ __global__ void __launch_bounds__(THREADS, 3)
   float *partials = scratch + b.group * g.r * head_step;
   if (b.is_state) {
     float *partial = partials + b.tile * head_step + (plan.slots - 1) * stride;
-    state_item(g, plan, span, state, b.kv_head * g.r + b.tile, known, shared, partial);
+    state_item(g, plan, span, state, b.kv_head * g.r + b.tile, known, query_phi, shared, partial);
   } else {
     const row_window window = window_of(g, plan, span.position);
     tile_source from = {};
@@ -374,76 +384,324 @@ __global__ void __launch_bounds__(THREADS, 3)
     if (last) counters[b.group] = 0;
   }
   __syncthreads();
-  if (last)
-    merge(g, plan, kept, b.group, b.kv_head, window_of(g, plan, kept.position).pairs, first_counts[threadIdx.x / 32],
-          partials);
+  if (!last) return;
+  const auto count_of = [&](int j) -> int64_t {
+    if (j < WARPS || !g.L) return first_counts[threadIdx.x / 32];
+    return g.sparse_count[first_set + divided(static_cast<unsigned>(j), plan.by_rs)];
+  };
+  merge(g, plan, kept.batch, kept.first, b.kv_head, window_of(g, plan, kept.position).pairs, count_of, partials);
 }
 
-/* --- the launch ------------------------------------------------------------------------------------ */
+/* --- a run of items a block ------------------------------------------------------------------------- */
+
+__device__ __forceinline__ unsigned run_begin(const decode_plan &plan, unsigned block) {
+  return block * plan.run + min(block, plan.longer_runs);
+}
+
+/* The block whose run holds a unit. */
+__device__ __forceinline__ unsigned block_of(const decode_plan &plan, unsigned unit) {
+  const unsigned longer = plan.longer_runs * (plan.run + 1);
+  return unit < longer ? unit / (plan.run + 1) : plan.longer_runs + (unit - longer) / plan.run;
+}
+
+__device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, const decode_plan &plan, unsigned group) {
+  group_facts f = {};
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = g.S / g.Hkv;
+  f.kv_head = static_cast<int>(group) - row * g.Hkv;
+#pragma unroll
+  for (int i = 0; i < MATRIX_HEADS; i++) {
+    if (i < sets && g.L) f.counts[i] = static_cast<int>(g.sparse_count[static_cast<int64_t>(group) * sets + i]);
+    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && g.folded[static_cast<int64_t>(group) * g.r + i])
+      f.folded |= 1u << i;
+  }
+  const lola_device_span span = g.spans[row];
+  const row_window window = window_of(g, plan, span.position);
+  f.row = span.tokens ? row : -1;
+  f.batch = span.batch;
+  f.first = span.first;
+  f.position = span.position;
+  f.window_pairs = static_cast<int>(window.pairs);
+  f.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+  return f;
+}
+
+/* Into L2, by one thread, what the block will ask for first; before the kernels before this one have ended. */
+__device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, const decode_plan &plan, unsigned unit) {
+  const work_unit u = unit_at(plan, unit, 0);
+  const int64_t group = u.group;
+  if (u.kind == STATE_UNIT) {
+    if (g.mixing != LOLA_MIXING_CACHE_ONLY)
+      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, UNIT_BYTES);
+    return;
+  }
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
+  const int64_t at = ((sparse ? group * (g.S / g.Hkv) + u.which : group) * slots + before) * ROW_BYTES;
+  const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
+  prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+  prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+}
+
+/* Scores of the newest pair and the counters, once its key and value are kept. */
+__device__ __forceinline__ void advance(const lola_device_segment &g, const decode_plan &plan,
+                                        const group_facts &facts) {
+  const int sets = g.S / g.Hkv;
+#pragma unroll 1
+  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
+    const int first_head = (facts.kv_head * sets + s) * g.rs;
+    float sum = 0;
+#pragma unroll 1
+    for (int h = first_head; h < first_head + g.rs; h++)
+      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.batch, facts.first, h));
+    const int64_t set = (static_cast<int64_t>(facts.row) * g.Hkv + facts.kv_head) * sets + s;
+    g.window_given[set * g.R + facts.position % g.R] = sum;
+  }
+  if (facts.kv_head == 0 && threadIdx.x == 0) {
+    const int64_t chunk = window_of(g, plan, facts.position).chunk;
+    g.tokens_seen[facts.row] = facts.position + 1;
+    if (chunk > g.chunks[facts.row]) g.chunks[facts.row] = chunk;
+  }
+}
+
+template <typename T, int STAGES>
+__global__ void __launch_bounds__(THREADS, 2)
+    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
+                           unsigned *counters, const float *query_phi, float *scratch) {
+  extern __shared__ __align__(16) char shared[]; /* STAGES units */
+  __shared__ group_facts known[MOST_GROUPS];
+  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
+  __shared__ int last;
+  const unsigned begin = run_begin(plan, blockIdx.x), end = run_begin(plan, blockIdx.x + 1);
+  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
+  if (threadIdx.x < STAGES && begin + threadIdx.x < end) prefetch_unit(g, plan, begin + threadIdx.x);
+  lola_device_await_previous();
+  if (threadIdx.x <= last_group - first_group) known[threadIdx.x] = facts_of(g, plan, first_group + threadIdx.x);
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
+  const int64_t head_step = plan.slots * stride;
+  char *const quarter = shared + warp * QUARTER_BYTES;
+#pragma unroll
+  for (int i = 0; i < STAGES; i++) {
+    if (begin + i < end) {
+      const work_unit u = unit_at(plan, begin + i, first_group);
+      ask_unit(g, plan, known[u.group], u, quarter + i * UNIT_BYTES);
+    }
+    copies_end_group();
+  }
+  work_unit u = unit_at(plan, begin, first_group);
+  unit_operands left = {}, next_left = {};
+  load_operands<T>(g, plan, known[u.group], u, query_phi, &left);
+  int stage = 0;
+#pragma unroll 1
+  for (unsigned unit = begin; unit < end; unit++) {
+    const group_facts &facts = known[u.group];
+    const unsigned group = first_group + u.group;
+    char *const own = quarter + stage * UNIT_BYTES;
+    float *const partials = scratch + static_cast<int64_t>(group) * g.r * head_step;
+    work_unit next = u;
+    if (unit + 1 < end) {
+      next = unit_at(plan, unit + 1, first_group);
+      load_operands<T>(g, plan, known[next.group], next, query_phi, &next_left);
+    }
+    copies_wait<STAGES - 1>();
+    __syncwarp();
+    if (facts.row < 0) {
+      /* idle: nothing was asked for */
+    } else if (u.kind == STATE_UNIT) {
+      float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
+      const bool folded = facts.folded >> u.which & 1;
+      if (folded) recall_quarter(left, own, sums);
+      if (g.stores_features && u.tile == 0)
+        keep_features(g, facts.batch, facts.first, facts.position, static_cast<int64_t>(group) * g.r + u.which,
+                      facts.kv_head * g.r + u.which);
+      __syncthreads();
+      if (folded && warp == 0) {
+        float n[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+          float x[4];
+          load_floats<4>(reinterpret_cast<const float *>(own + w * QUARTER_BYTES) + threadIdx.x * 4, x);
+#pragma unroll
+          for (int e = 0; e < 4; e++) n[e] += x[e];
+        }
+        store_floats<4>(partial + threadIdx.x * 4, n);
+      }
+      if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
+    } else {
+      const int count = pairs_of(facts, u), newest = newest_of(facts, u);
+      if (count > 0) {
+        const bool sparse = u.kind == SPARSE_UNIT;
+        const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
+        const bool has_newest = newest >= 0 && newest < UNIT_PAIRS;
+        if (has_newest) {
+          keep_newest_pair(g, facts, u, own);
+          advance(g, plan, facts);
+        }
+        if (warp < warps) weigh_quarter<T>(g, left, heads, count, own, sums);
+        __syncthreads();
+        const tile_target to = {partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) +
+                                    u.tile * stride,
+                                head_step};
+        merge_warps(plan, reinterpret_cast<const float *>(shared + stage * UNIT_BYTES), QUARTER_BYTES / 4, SUM_PITCH,
+                    sums, MATRIX_HEADS, warps, 0, heads, to);
+      }
+    }
+    __syncthreads(); /* the sums were read, the partial is written */
+    if (unit + STAGES < end) {
+      const work_unit ahead = unit_at(plan, unit + STAGES, first_group);
+      ask_unit(g, plan, known[ahead.group], ahead, own);
+    }
+    copies_end_group();
+
+    if (facts.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this (row, KV head) */
+      const unsigned group_begin = group * static_cast<unsigned>(plan.items),
+                     group_end = group_begin + static_cast<unsigned>(plan.items);
+      bool merges = group_begin >= begin && group_end <= end;
+      if (!merges) {
+        if (threadIdx.x == 0) {
+          const unsigned blocks = block_of(plan, group_end - 1) - block_of(plan, group_begin);
+          last = arrive(&counters[group]) == blocks;
+          if (last) counters[group] = 0;
+        }
+        __syncthreads();
+        merges = last;
+      }
+      const auto count_of = [&](int j) -> int64_t {
+        return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
+      };
+      if (merges) merge(g, plan, facts.batch, facts.first, facts.kv_head, facts.window_pairs, count_of, partials);
+    }
+    u = next;
+    left = next_left;
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  }
+}
+
+/* --- the launches ----------------------------------------------------------------------------------- */
+
+constexpr int DEVICES = 64;
+
+/* Shared memory above 48 KB must be allowed per kernel and device: done once for each size. */
+template <auto KERNEL> cudaError_t allow_shared(int64_t bytes, int device) {
+  static std::atomic<int64_t> allowed[DEVICES];
+  if (device < DEVICES && allowed[device].load(std::memory_order_relaxed) >= bytes) return cudaSuccess;
+  cudaError_t error =
+      cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && device < DEVICES) allowed[device].store(bytes, std::memory_order_relaxed);
+  return error;
+}
 
 struct launch_arguments {
   const lola_device_segment *segment;
   decode_plan plan;
   unsigned *counters;
+  const float *phi;
   float *partials;
   unsigned blocks;
   bool is_long;
   cudaStream_t stream;
 };
 
-constexpr int DEVICES = 64;
-
-/* Shared memory above 48 KB must be allowed per kernel and device: done once for each size. */
-template <typename T, int LANES> cudaError_t launch(const launch_arguments &a, int device) {
-  static std::atomic<int> allowed[DEVICES];
-  const int bytes = static_cast<int>(a.plan.shared_bytes);
-  if (device >= DEVICES || allowed[device].load(std::memory_order_relaxed) < bytes) {
-    cudaError_t error =
-        cudaFuncSetAttribute(decode_kernel<T, LANES>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(decode_kernel<T, LANES>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return error;
-    if (device < DEVICES) allowed[device].store(bytes, std::memory_order_relaxed);
-  }
-  return lola_cuda_launch_chained(decode_kernel<T, LANES>, a.blocks, THREADS, a.plan.shared_bytes, a.stream, *a.segment,
-                                  a.plan, a.counters, a.partials);
+template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device) {
+  const cudaError_t error = allow_shared<KERNEL>(a.plan.shared_bytes, device);
+  if (error != cudaSuccess) return error;
+  return lola_cuda_launch_chained(KERNEL, a.blocks, THREADS, a.plan.shared_bytes, a.stream, *a.segment, a.plan,
+                                  a.counters, a.phi, a.partials);
 }
 
-template <typename T> cudaError_t launch_lanes(const launch_arguments &a, int device) {
+template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    if (a.plan.matrix) return a.is_long ? launch<T, LONG_MATRIX>(a, device) : launch<T, MATRIX>(a, device);
+    if (a.plan.pipeline == 3) return launch<decode_pipeline_kernel<T, 3>>(a, device);
+    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T, 2>>(a, device);
+    if (a.plan.matrix)
+      return a.is_long ? launch<decode_kernel<T, LONG_MATRIX>>(a, device) : launch<decode_kernel<T, MATRIX>>(a, device);
   }
-  if (a.plan.lanes == 8) return launch<T, 8>(a, device);
-  if (a.plan.lanes == 16) return launch<T, 16>(a, device);
-  return launch<T, 32>(a, device);
+  if (a.plan.lanes == 8) return launch<decode_kernel<T, 8>>(a, device);
+  if (a.plan.lanes == 16) return launch<decode_kernel<T, 16>>(a, device);
+  return launch<decode_kernel<T, 32>>(a, device);
 }
 
+/* Shared memory of one block and of a multiprocessor, and how many of these there are. */
 struct device_limits {
-  int shared_bytes, processors;
+  int shared_bytes, processor_bytes, processors;
 };
 
 /* Asked for once per device. */
 cudaError_t limits_of(int device, device_limits *limits) {
-  static std::atomic<int> shared_bytes[DEVICES], processors[DEVICES];
-  if (device < DEVICES) {
-    limits->shared_bytes = shared_bytes[device].load(std::memory_order_relaxed);
-    limits->processors = processors[device].load(std::memory_order_relaxed);
-    if (limits->shared_bytes && limits->processors) return cudaSuccess;
+  static std::atomic<int> known[DEVICES][3];
+  constexpr cudaDeviceAttr attributes[3] = {cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                            cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                            cudaDevAttrMultiProcessorCount};
+  int values[3];
+  for (int i = 0; i < 3; i++) {
+    values[i] = device < DEVICES ? known[device][i].load(std::memory_order_relaxed) : 0;
+    if (values[i]) continue;
+    const cudaError_t error = cudaDeviceGetAttribute(&values[i], attributes[i], device);
+    if (error != cudaSuccess) return error;
+    if (device < DEVICES) known[device][i].store(values[i], std::memory_order_relaxed);
   }
-  cudaError_t error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && device < DEVICES) {
-    shared_bytes[device].store(limits->shared_bytes, std::memory_order_relaxed);
-    processors[device].store(limits->processors, std::memory_order_relaxed);
-  }
-  return error;
+  *limits = {values[0], values[1], values[2]};
+  return cudaSuccess;
 }
 
 bool rows_are_aligned(const lola_array &array) {
   const int64_t item = lola_device_item(array.dtype);
   return reinterpret_cast<uintptr_t>(array.data) % PIECE == 0 && array.stride_b * item % PIECE == 0 &&
          array.stride_t * item % PIECE == 0 && array.stride_h * item % PIECE == 0;
+}
+
+lola_status too_large(const lola_device_segment &g, int64_t bytes, int most, lola_message *message) {
+  return lola_fail(
+      message, LOLA_VALUE_ERROR,
+      "heads / kv_heads = %d, head_dim = %d, value_dim = %d and feature_dim = %d need %lld bytes of shared "
+      "memory to decode, this device has %d: pass smaller ones",
+      g.r, g.D, g.Dv, g.F, static_cast<long long>(bytes), most);
+}
+
+lola_status launched(cudaError_t error, const char *kernel, lola_message *message) {
+  if (error == cudaSuccess) return lola_cuda_launched(kernel, message);
+  cudaGetLastError();
+  return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel %s could not be launched: %s", kernel,
+                   cudaGetErrorString(error));
+}
+
+/* Where a step's scratch lies. */
+struct scratch_places {
+  unsigned *counters;
+  float *phi, *partials;
+};
+
+scratch_places places_in(void *scratch, const lola_device_segment &g) {
+  char *at = static_cast<char *>(scratch);
+  const int64_t counters = counter_bytes(static_cast<int64_t>(g.B) * g.Hkv),
+                phi = phi_bytes(static_cast<int64_t>(g.B) * g.Hq, g.F);
+  return {reinterpret_cast<unsigned *>(at), reinterpret_cast<float *>(at + counters),
+          reinterpret_cast<float *>(at + counters + phi)};
+}
+
+/* Even runs of units: every slot of the device has one, as long as no run touches more than MOST_GROUPS groups. */
+void share_units(int64_t groups, const device_limits &limits, decode_plan *p, int64_t *blocks) {
+  constexpr int STATIC_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 1024;
+  const int64_t units = groups * p->items;
+  p->pipeline = 3 * UNIT_BYTES + STATIC_BYTES <= limits.processor_bytes / 2 ||
+                        limits.processor_bytes < 2 * (2 * UNIT_BYTES + STATIC_BYTES)
+                    ? 3
+                    : 2;
+  if (p->pipeline * UNIT_BYTES + STATIC_BYTES > limits.shared_bytes) p->pipeline = 2;
+  p->shared_bytes = p->pipeline * UNIT_BYTES;
+  const int per_processor = limits.processor_bytes / (static_cast<int>(p->shared_bytes) + STATIC_BYTES);
+  int64_t count = static_cast<int64_t>(limits.processors) * (per_processor < 2 ? 1 : 2);
+  const int64_t least = divided_up(groups, MOST_GROUPS - 2);
+  if (count < least) count = least;
+  if (count > units) count = units;
+  p->units = static_cast<unsigned>(units);
+  p->run = static_cast<unsigned>(units / count);
+  p->longer_runs = static_cast<unsigned>(units % count);
+  *blocks = count;
 }
 
 } // namespace
@@ -464,7 +722,52 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(groups) + groups * floats * 4;
+  return counter_bytes(groups) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
+}
+
+lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const call_rows &rows, void *scratch,
+                                   cudaStream_t stream, lola_message *message) {
+  const lola_device_segment &g = *segment;
+  if (!g.B || !g.Hkv) return LOLA_OK;
+  int device = 0;
+  device_limits limits = {};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = limits_of(device, &limits);
+  if (error != cudaSuccess) return launched(error, "decode_queries", message);
+  const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
+  query_plan plan = {};
+  plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
+  plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
+  const bool reads_q = !g.stores_features, projects = reads_q && has_weights(g.map);
+  plan.parts = projects ? divided_up(M, static_cast<int64_t>(plan.weight_vector) << plan.weight_shift) * THREADS *
+                              plan.weight_vector
+                        : 0;
+  const int64_t row_floats = reads_q ? plan.parts + g.D + g.F : 0;
+  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
+                    MANY_ROWS * row_floats * 4 <= 48 << 10;
+  const int rows_of_block = many ? MANY_ROWS : 1;
+  plan.x_at = static_cast<int>(rows_of_block * plan.parts);
+  plan.phi_at = static_cast<int>(plan.x_at + rows_of_block * static_cast<int64_t>(reads_q ? g.D : 0));
+  const int64_t bytes = rows_of_block * row_floats * 4;
+  if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
+  plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
+  plan.span_blocks = static_cast<int>(divided_up(g.B, THREADS));
+  const int64_t heads = g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq;
+  const int64_t blocks = plan.span_blocks + heads * plan.blocks;
+  if (blocks > INT64_C(0x7fffffff))
+    return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large for one decoding step: pass fewer rows",
+                     g.B);
+  float *phi = places_in(scratch, g).phi;
+  const auto queue = [&](auto kernel) {
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, phi);
+  };
+  if (many) {
+    error = queue(decode_queries_kernel<MANY_ROWS>);
+  } else {
+    if (bytes > 48 << 10) error = allow_shared<decode_queries_kernel<1>>(bytes, device);
+    if (error == cudaSuccess) error = queue(decode_queries_kernel<1>);
+  }
+  return launched(error, "decode_queries", message);
 }
 
 lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
@@ -480,48 +783,38 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   device_limits limits = {};
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = limits_of(device, &limits);
+  if (error != cudaSuccess) return launched(error, "decode", message);
   if (plan.items > INT64_C(0x7fffffff) / groups || scratch_floats(plan, 1) > INT64_C(0x7fffffff))
     return lola_fail(message, LOLA_VALUE_ERROR,
                      "a batch of %d with window %lld and sparse %d is too large for one decoding step: pass fewer rows",
                      g.B, static_cast<long long>(g.W), g.L);
-  const int64_t blocks = groups * plan.items, item = lola_device_item(g.dtype);
-  const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
+  const int64_t item = lola_device_item(g.dtype);
+  int64_t blocks = groups * plan.items;
   plan.prefetch = blocks <= static_cast<int64_t>(SMALL_GRID) * limits.processors;
-  plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
-  plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
-  place_shared(sizes, M, &plan);
-  if (error == cudaSuccess && plan.shared_bytes + 64 > limits.shared_bytes)
-    return lola_fail(
-        message, LOLA_VALUE_ERROR,
-        "heads / kv_heads = %d, head_dim = %d, value_dim = %d and feature_dim = %d need %lld bytes of shared "
-        "memory to decode, this device has %d: pass smaller ones",
-        g.r, g.D, g.Dv, g.F, static_cast<long long>(plan.shared_bytes), limits.shared_bytes);
+  if (plan.pipeline)
+    share_units(groups, limits, &plan, &blocks);
+  else
+    place_shared(sizes, &plan);
+  if (plan.shared_bytes + 64 > limits.shared_bytes)
+    return too_large(g, plan.shared_bytes, limits.shared_bytes, message);
   plan.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
   plan.call_aligned = plan.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
   plan.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
   plan.by_items = divisor_of(plan.items);
   plan.by_kv_heads = divisor_of(g.Hkv);
+  plan.by_state_parts = divisor_of(plan.state_parts);
   plan.by_sparse_tiles = divisor_of(plan.sparse_tiles);
   plan.by_rs = divisor_of(g.rs);
   plan.by_pairs = divisor_of(plan.pairs);
   plan.by_C = divisor_of(g.C);
   plan.by_R = divisor_of(g.R);
   plan.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
-  const launch_arguments a = {segment,
-                              plan,
-                              static_cast<unsigned *>(scratch),
-                              reinterpret_cast<float *>(static_cast<char *>(scratch) + counter_bytes(groups)),
-                              static_cast<unsigned>(blocks),
-                              is_long(sizes),
-                              stream};
-  if (error == cudaSuccess)
-    error = g.dtype == LOLA_FLOAT32   ? launch_lanes<float>(a, device)
-            : g.dtype == LOLA_FLOAT16 ? launch_lanes<__half>(a, device)
-                                      : launch_lanes<__nv_bfloat16>(a, device);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel decode could not be launched: %s",
-                     cudaGetErrorString(error));
-  }
-  return lola_cuda_launched("decode", message);
+  const scratch_places places = places_in(scratch, g);
+  const launch_arguments a = {
+      segment,        plan,  places.counters, places.phi, places.partials, static_cast<unsigned>(blocks),
+      is_long(sizes), stream};
+  error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
+          : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
+                                    : launch_items<__nv_bfloat16>(a, device);
+  return launched(error, "decode", message);
 }

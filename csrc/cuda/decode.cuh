@@ -32,27 +32,31 @@ __device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool sm
 /* --- the plan --------------------------------------------------------------------------------------- */
 
 /* Tiles and partials are fixed by the cache's sizes, so a row's sums are the same in any batch. A partial is `columns`
- * sums and 4 more floats; those of a (row, KV head) lie by query head, then: window tiles, sparse tiles, the state. */
+ * sums and 4 more floats; those of a (row, KV head) lie by query head, then: window tiles, sparse tiles, parts of the
+ * state. */
 struct decode_plan {
-  int matrix;                         /* tiles on the matrix units */
+  int pipeline;                       /* units of decode_pipeline.cuh */
+  int matrix;                         /* otherwise: tiles on the matrix units */
   int lanes;                          /* otherwise: threads that share one pair's key and value: 8, 16 or 32 */
   int pairs;                          /* of a tile */
   int key_pieces, value_pieces;       /* of one key, of one value, the last filled up with zeros */
   int columns;                        /* Dv rounded up to whole pieces */
   int64_t window_tiles, sparse_tiles; /* per KV head; per set */
-  int64_t items;                      /* blocks per (row, KV head) */
-  int64_t slots;                      /* partials per query head */
-  divisor by_items, by_kv_heads, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
-  int small_sizes;                 /* C, R and W fit 31 bits */
-  int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
-  int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
-  int weight_vector, weight_shift; /* the same for the feature map's weights */
-  int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
-  int query_aligned;               /* rows of q do, and q has the cache's type */
-  int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
+  int state_parts;                    /* of a query head's state */
+  int64_t state_items, sparse_items;  /* of a (row, KV head) */
+  int64_t items; /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
+  int64_t slots; /* partials per query head */
+  divisor by_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
+  int small_sizes;                  /* C, R and W fit 31 bits */
+  int state_vector, state_shift;    /* floats of H a thread copies at once; threads that share a row of H, base 2 */
+  int state_stages;                 /* stages of H when it is even (decode_state.cuh), otherwise 0 */
+  int cache_aligned, call_aligned;  /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
+  int query_aligned;                /* rows of q do, and q has the cache's type */
+  int prefetch;                     /* the grid is small: ask for everything at once, before it is known to be needed */
+  unsigned units, run, longer_runs; /* of the pipeline: all; of a block, and one more of the first so many blocks */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
   int newest_at;
-  int reduce_at, x_at, phi_at; /* of a hidden state */
+  int reduce_at, phi_at; /* of a hidden state */
   int64_t shared_bytes;
 };
 
@@ -146,6 +150,14 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+/* The sum of `count` numbers that lie `step` apart, in order. */
+__device__ __forceinline__ float add_groups(const float *from, int count, int step) {
+  float total = 0;
+#pragma unroll 4
+  for (int j = 0; j < count; j++) total += from[j * step];
+  return total;
+}
+
 /* exp2(a - b) where a <= b; 0 for a = -inf, even beside b = -inf. */
 __device__ __forceinline__ float weight_below(float a, float b) { return exp2f(a - fmaxf(b, -3e38f)); }
 
@@ -170,10 +182,10 @@ struct tile_target {
   int64_t step; /* floats from head to head */
 };
 
-/* What the warps of a block left for `heads` heads, in order of warp: maximum and sum of head h at sums[(w * pitch + h)
- * * 2], o at merge[w * warp_step + h * head_step]. */
+/* What the first `warps` of a block left for `heads` heads, in order of warp: maximum and sum of head h at
+ * sums[(w * pitch + h) * 2], o at merge[w * warp_step + h * head_step]. */
 __device__ __forceinline__ void merge_warps(const decode_plan &plan, const float *merge, int warp_step, int head_step,
-                                            const float *sums, int pitch, int first_head, int heads,
+                                            const float *sums, int pitch, int warps, int first_head, int heads,
                                             const tile_target &to) {
   const int quads = plan.columns / 4;
   int h = 0, quad = threadIdx.x;
@@ -186,9 +198,11 @@ __device__ __forceinline__ void merge_warps(const decode_plan &plan, const float
   while (h < heads) {
     float high = -INFINITY, total = 0, o[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) high = fmaxf(high, sums[(w * pitch + h) * 2]);
+    for (int w = 0; w < WARPS; w++)
+      if (w < warps) high = fmaxf(high, sums[(w * pitch + h) * 2]);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
+      if (w >= warps) break;
       const float share = weight_below(sums[(w * pitch + h) * 2], high);
       float x[4];
       load_floats<4>(merge + w * warp_step + h * head_step + quad * 4, x);

@@ -236,7 +236,7 @@ __device__ __forceinline__ void attend_heads(const decode_plan &plan, char *shar
   }
   __syncthreads();
 
-  merge_warps(plan, merge, HEADS * plan.columns, plan.columns, sums, HEADS, first_head, heads, to);
+  merge_warps(plan, merge, HEADS * plan.columns, plan.columns, sums, HEADS, WARPS, first_head, heads, to);
 }
 
 /* A tile for query heads head .. head + heads - 1; a partial each. */

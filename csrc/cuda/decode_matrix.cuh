@@ -284,7 +284,7 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
       }
     }
     __syncthreads();
-    merge_warps(plan, merge, warp_step, pitch, sums, MATRIX_HEADS, first, left, to);
+    merge_warps(plan, merge, warp_step, pitch, sums, MATRIX_HEADS, WARPS, first, left, to);
   }
 }
 

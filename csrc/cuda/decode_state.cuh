@@ -1,8 +1,7 @@
-/* A query head's hidden state: phi(q), N = phi(q)^T H and z = phi(q)^T s.
+/* A query head's hidden state, for all types and sizes: N = phi(q)^T H and z = phi(q)^T s.
  *
- * q and the feature map's weights (D x M, into registers) are asked for first, since H (F x Dv float32, cp.async) waits
- * for phi(q) anyway and hides its making; a thread multiplies the very pieces of H that it copied. `even` states, where
- * a pass of the block over H is one run of memory (Dv = 32, 64 or 128), go in stages of PASSES passes at fixed offsets;
+ * H (F x Dv float32) comes by cp.async; a thread multiplies the very pieces of H that it copied. `even` states, where a
+ * pass of the block over H is one run of memory (Dv = 32, 64 or 128), go in stages of PASSES passes at fixed offsets;
  * others piece by piece. */
 #ifndef LOLA_CUDA_DECODE_STATE_CUH
 #define LOLA_CUDA_DECODE_STATE_CUH
@@ -15,170 +14,6 @@ constexpr int DEPTH = 16; /* pieces of H that one thread has under way, when it 
 constexpr int PASSES = 8; /* pieces of H of one thread and stage */
 constexpr int AHEAD = 4;  /* stages under way */
 constexpr int STAGE_FLOATS = PASSES * THREADS * 4;
-constexpr float FEATURE_FLOOR = 1e-12f;
-
-/* --- phi(q) ------------------------------------------------------------------------------------------ */
-
-__device__ __forceinline__ float finish_feature(float x, float floor, bool round) {
-  x = fmaxf(x, floor);
-  return round ? __bfloat162float(__float2bfloat16_rn(x)) : x;
-}
-
-/* The sum of `count` numbers that lie `step` apart, in order. */
-__device__ __forceinline__ float add_groups(const float *from, int count, int step) {
-  float total = 0;
-#pragma unroll 4
-  for (int j = 0; j < count; j++) total += from[j * step];
-  return total;
-}
-
-/* Columns of x W by groups of threads. */
-struct projection {
-  const float *parts; /* per block of columns: a sum of each group */
-  int groups, block;
-
-  __device__ __forceinline__ float column(int m) const {
-    const int skipped = m < block ? 0 : m / block;
-    return add_groups(parts + skipped * groups * block + (m - skipped * block), groups, block);
-  }
-};
-
-template <int VECTOR> __device__ __forceinline__ void load_weights(const float *from, float (&w)[VECTOR]) {
-  if constexpr (VECTOR == 4) {
-    const float4 v = __ldcg(reinterpret_cast<const float4 *>(from));
-    w[0] = v.x;
-    w[1] = v.y;
-    w[2] = v.z;
-    w[3] = v.w;
-  } else {
-    w[0] = __ldcg(from);
-  }
-}
-
-/* x W, W (D, M), into `parts`; weights are read past L1, they would crowd out what is under way. `stage` writes x; it
- * is called once the first weights are on their way. The block waits for the result. */
-template <int VECTOR, class Stage>
-__device__ __forceinline__ projection project(const float *weights, int D, int M, int shift, const float *x,
-                                              float *parts, Stage stage) {
-  constexpr int ROWS_AHEAD = 16;
-  const int groups = THREADS >> shift, lane = threadIdx.x & ((1 << shift) - 1), group = threadIdx.x >> shift;
-  const int block = VECTOR << shift;
-  bool staged = false;
-#pragma unroll 1
-  for (int first = 0; first < M; first += block) {
-    const int column = first + lane * VECTOR;
-    float sum[VECTOR] = {};
-#pragma unroll 1
-    for (int d = group; d - group < D; d += ROWS_AHEAD * groups) {
-      float w[ROWS_AHEAD][VECTOR];
-      const float *row = weights + static_cast<int64_t>(d) * M + column;
-#pragma unroll
-      for (int i = 0; i < ROWS_AHEAD; i++, row += groups * M) {
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++) w[i][e] = 0;
-        if (d + i * groups < D && column < M) load_weights<VECTOR>(row, w[i]);
-      }
-      if (!staged) {
-        stage();
-        __syncthreads();
-      }
-      staged = true;
-#pragma unroll
-      for (int i = 0; i < ROWS_AHEAD; i++) {
-        const float factor = d + i * groups < D ? x[d + i * groups] : 0;
-#pragma unroll
-        for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(factor, w[i][e], sum[e]);
-      }
-    }
-    store_floats<VECTOR>(parts + first * groups + group * block + lane * VECTOR, sum);
-  }
-  __syncthreads();
-  return projection{parts, groups, block};
-}
-
-/* One side of Hedgehog by one warp: exp(sign (x - shift)) over M, shift the highest (lowest) x, divided by its sum when
- * `normalise`. */
-__device__ __forceinline__ void exponentials(const projection &x, int M, float sign, bool normalise, bool round,
-                                             float *phi) {
-  const int lane = threadIdx.x % 32;
-  float high = -INFINITY, sum = 0;
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) {
-    const float y = sign * x.column(j);
-    phi[j] = y;
-    high = fmaxf(high, y);
-  }
-  high = warp_max(high);
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) {
-    const float e = expf(phi[j] - high);
-    phi[j] = e;
-    sum += e;
-  }
-  sum = warp_sum(sum);
-  const float scale = normalise ? 1 / sum : 1;
-#pragma unroll 1
-  for (int j = lane; j < M; j += 32) phi[j] = finish_feature(phi[j] * scale, FEATURE_FLOOR, round);
-}
-
-__host__ __device__ __forceinline__ bool is_hedgehog(const lola_feature_map &map) {
-  return map.kind == LOLA_MAP_HEDGEHOG || map.kind == LOLA_MAP_HEDGEHOG_EXP;
-}
-
-/* phi(q) into shared memory; `ask` asks for H, once what phi needs is on its way. The block waits for phi before it
- * goes on. */
-template <class Ask>
-__device__ __forceinline__ void query_features(const lola_device_segment &g, const decode_plan &plan,
-                                               const lola_device_span &span, int head, char *shared, Ask ask) {
-  float *x = reinterpret_cast<float *>(shared + plan.x_at);
-  float *phi = reinterpret_cast<float *>(shared + plan.phi_at);
-  const bool round = g.dtype != LOLA_FLOAT32;
-  if (g.stores_features) {
-    ask();
-    const char *given = lola_device_at(g.q_features, span.batch, span.first, head);
-#pragma unroll 1
-    for (int f = threadIdx.x; f < g.F; f += THREADS) {
-      const float y = lola_device_load(given, f, g.q_features.dtype);
-      phi[f] = round ? __bfloat162float(__float2bfloat16_rn(y)) : y;
-    }
-    __syncthreads();
-    return;
-  }
-  const char *q = lola_device_at(g.q, span.batch, span.first, head);
-  const float first = threadIdx.x < g.D ? lola_device_load(q, threadIdx.x, g.q.dtype) : 0;
-  const auto stage = [&] {
-    ask();
-    if (threadIdx.x < g.D) x[threadIdx.x] = first;
-#pragma unroll 1
-    for (int d = threadIdx.x + THREADS; d < g.D; d += THREADS) x[d] = lola_device_load(q, d, g.q.dtype);
-  };
-  const bool hedgehog = is_hedgehog(g.map), projects = hedgehog || (g.map.kind == LOLA_MAP_RELU && g.map.w_q);
-  const int M = hedgehog ? g.F / 2 : g.F;
-  projection y = {x, 1, M}; /* F = D */
-  if (projects) {
-    const float *weights = g.map.w_q + static_cast<int64_t>(head) * g.D * M;
-    float *parts = reinterpret_cast<float *>(shared + plan.reduce_at);
-    if (plan.weight_vector == 4)
-      y = project<4>(weights, g.D, M, plan.weight_shift, x, parts, stage);
-    else
-      y = project<1>(weights, g.D, M, plan.weight_shift, x, parts, stage);
-  } else {
-    stage();
-    __syncthreads();
-  }
-  if (hedgehog) {
-    const int warp = threadIdx.x / 32;
-    if (warp < 2) exponentials(y, M, warp ? -1.0f : 1.0f, g.map.kind == LOLA_MAP_HEDGEHOG, round, phi + warp * M);
-  } else {
-#pragma unroll 1
-    for (int f = threadIdx.x; f < M; f += THREADS) {
-      const float v = y.column(f);
-      phi[f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(v, FEATURE_FLOOR, round)
-                                           : finish_feature(v > 0 ? v + 1 : expf(v), 0, round);
-    }
-  }
-  __syncthreads();
-}
 
 /* --- an even state ------------------------------------------------------------------------------------ */
 
@@ -304,41 +139,47 @@ __device__ __forceinline__ void recall_walk(state_walk walk, const decode_plan &
   }
 }
 
-/* N and z into the head's partial; the call's own features of the token into the ring. */
+/* The call's own features of the token into the ring. */
+__device__ __forceinline__ void keep_features(const lola_device_segment &g, int64_t batch, int64_t offset,
+                                              int64_t position, int64_t state, int head) {
+  const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
+  const char *from = lola_device_at(g.k_features, batch, offset, head);
+  char *to = static_cast<char *>(g.window_features) + (state * g.R + position % g.R) * g.F * lola_device_item(type);
+#pragma unroll 1
+  for (int f = threadIdx.x; f < g.F; f += THREADS)
+    lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
+}
+
+/* N and z into the head's partial. */
 __device__ __forceinline__ void state_item(const lola_device_segment &g, const decode_plan &plan,
                                            const lola_device_span &span, int64_t state, int head, bool folded,
-                                           char *shared, float *partial) {
+                                           const float *query_phi, char *shared, float *partial) {
   const int F = g.F, Dv = g.Dv;
-  if (g.stores_features) {
-    const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
-    const char *from = lola_device_at(g.k_features, span.batch, span.first, head);
-    char *to =
-        static_cast<char *>(g.window_features) + (state * g.R + span.position % g.R) * F * lola_device_item(type);
-#pragma unroll 1
-    for (int f = threadIdx.x; f < F; f += THREADS)
-      lola_device_store(to, f, type, lola_device_load(from, f, g.k_features.dtype));
-  }
+  if (g.stores_features) keep_features(g, span.batch, span.first, span.position, state, head);
   if (g.mixing == LOLA_MIXING_CACHE_ONLY || !folded) {
     if (threadIdx.x == 0) partial[plan.columns] = 0;
     return;
   }
   const float *hidden = g.hidden + state * F * Dv, *normalizer = g.normalizer + state * F;
+  float *phi = reinterpret_cast<float *>(shared + plan.phi_at);
+  const float first_phi = threadIdx.x < F ? __ldcg(query_phi + state * F + threadIdx.x) : 0;
+  const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
   state_walk walk = {};
-  query_features(g, plan, span, head, shared, [&] {
-    if (plan.state_stages)
-      begin_even(hidden, plan, shared);
-    else if (plan.state_vector == 4)
-      walk = begin_walk<4>(hidden, plan, F, Dv, shared);
-    else
-      walk = begin_walk<1>(hidden, plan, F, Dv, shared);
-  });
+  if (plan.state_stages)
+    begin_even(hidden, plan, shared);
+  else if (plan.state_vector == 4)
+    walk = begin_walk<4>(hidden, plan, F, Dv, shared);
+  else
+    walk = begin_walk<1>(hidden, plan, F, Dv, shared);
+  if (threadIdx.x < F) phi[threadIdx.x] = first_phi;
+#pragma unroll 1
+  for (int f = threadIdx.x + THREADS; f < F; f += THREADS) phi[f] = __ldcg(query_phi + state * F + f);
+  __syncthreads();
 
   float *reduce = reinterpret_cast<float *>(shared + plan.reduce_at), *reduce_z = reduce + THREADS * 4;
-  const float *phi = reinterpret_cast<const float *>(shared + plan.phi_at);
-  const float first_s = threadIdx.x < F ? normalizer[threadIdx.x] : 0;
   float sum[4] = {};
   if (plan.state_stages) recall_even(hidden, plan, phi, shared, sum);
-  float z = threadIdx.x < F ? phi[threadIdx.x] * first_s : 0;
+  float z = first_phi * first_s;
 #pragma unroll 1
   for (int f = threadIdx.x + THREADS; f < F; f += THREADS) z = fmaf(phi[f], normalizer[f], z);
   z = warp_sum(z);

@@ -9,7 +9,8 @@
  *   attend    all blocks of queries at once from those records
  *   commit    keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
  *
- * Decoding (T = 1) runs features and scan, which return at once when no row begins a chunk, then decode.cu's kernel. */
+ * Decoding (T = 1) runs decode.cu's `begin`, then features, scan and commit of the sparse cache, which return at once when
+ * no row begins a chunk, then decode.cu's main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH
 #define LOLA_CUDA_SEGMENT_CUH
 
@@ -90,9 +91,12 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStr
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* One token for each row that is not idle: writes it into the ring, attends, advances tokens_seen and chunks. Sparse
- * slots were committed before. `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed where it must be. */
+/* One token for each row that is not idle. `begin` writes spans and keeps phi(q); after it comes the update, then
+ * `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Sparse slots were committed before.
+ * `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed where it must be. */
 int64_t lola_cuda_decode_bytes(const lola_cache *cache);
+lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
+                                   cudaStream_t stream, lola_message *message);
 lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, cudaStream_t stream,
                              lola_message *message);
 

@@ -1,0 +1,59 @@
+/* Which offsets of a call enter which cache row, worked out on the device from the call's index arrays. */
+#ifndef LOLA_CUDA_PLAN_CUH
+#define LOLA_CUDA_PLAN_CUH
+
+#include "segment.cuh"
+
+struct call_rows {
+  lola_index starts, stops, cu_seqlens;
+  int64_t tokens; /* T of the arrays */
+};
+
+namespace {
+
+__device__ inline int64_t index_at(const lola_index &index, int64_t i) {
+  return index.item_size == 4 ? static_cast<const int32_t *>(index.data)[i]
+                              : static_cast<const int64_t *>(index.data)[i];
+}
+
+__device__ inline int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+/* Offsets of the call that enter a row. */
+__device__ inline void row_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
+  int64_t T = rows.tokens;
+  if (rows.cu_seqlens.data) {
+    *start = clamped(index_at(rows.cu_seqlens, row), 0, T);
+    *stop = clamped(index_at(rows.cu_seqlens, row + 1), *start, T);
+  } else {
+    *start = rows.starts.data ? clamped(index_at(rows.starts, row), 0, T) : 0;
+    *stop = rows.stops.data ? clamped(index_at(rows.stops, row), *start, T) : T;
+  }
+}
+
+/* A row's span of the offsets first .. first+count-1. */
+__device__ inline lola_device_span span_of(const lola_device_segment &g, const call_rows &rows, int row, int64_t first,
+                                           int64_t count) {
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  start = max(start, first);
+  stop = min(stop, first + count);
+  bool packed = rows.cu_seqlens.data;
+  lola_device_span span = {};
+  span.position = g.tokens_seen[row];
+  span.updated = g.chunks[row];
+  span.batch = packed ? 0 : row;
+  span.first = start;
+  if (stop > start) {
+    span.tokens = static_cast<int32_t>(stop - start);
+    span.chunks = static_cast<int32_t>((span.position + span.tokens - 1) / g.C - span.position / g.C + 1);
+  }
+  span.token = static_cast<int32_t>((packed ? 0 : row * count) + start - first);
+  /* Chunk records are counted so that no prefix sum is needed: n tokens touch at most n / C + 2 chunks. They ascend
+   * with the row, idle ones too, so that a record's row can be searched for. */
+  span.chunk = static_cast<int32_t>(packed ? (start - first) / g.C + 2 * row : row * (count / g.C + 2));
+  return span;
+}
+
+} // namespace
+
+#endif
