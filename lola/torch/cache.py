@@ -19,7 +19,7 @@ NAME = "lola"
 # Columns that are recorded for a rollback at most, while transformers asks for it.
 RECORDED = 1024
 # What a copy of a layer needs beside its memory.
-_STATE = ("seen", "is_initialized", "_spec", "_sizes", "_dtype", "_padded")
+_STATE = ("seen", "is_initialized", "_spec", "_sizes", "_dtype", "_padded", "_ahead")
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -53,6 +53,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self._calls: list[_Call] = []
         # The last call that had padding: where it begins and ends, its columns, and which of them were tokens.
         self._padded: tuple[int, int, int, Rows] = (0, 0, 0, Rows())
+        self._ahead: int | None = None  # `_columns_ahead`, once a CUDA graph was recorded
         self._home: torch.device | None = None  # where an offloaded memory comes from
 
     @property
@@ -101,8 +102,12 @@ class LolaCacheLayer(CacheLayerMixin):
             made = ops.feature_map_of(feature_map, w_q, w_k)
             gate = None if factors is None else ops.gate_of(factors)
             if rows.starts is None and not self.record_past:  # nearly always
+                recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
+                if recorded and self._ahead is None:
+                    self._ahead = self._columns_ahead()
                 out = ops.run(q, k, v, self.cache, None, made, gate=gate)
-                self.seen += q.shape[1]
+                if not recorded:  # what a graph records is not read yet
+                    self.seen += q.shape[1]
                 return out
 
             def attend(q, k, v, starts, stops):
@@ -116,7 +121,25 @@ class LolaCacheLayer(CacheLayerMixin):
         if rows.starts is not None:
             self._padded = self.seen, self.seen + q.shape[1], q.shape[1], rows
         self.seen += q.shape[1]
+        if self._ahead is not None:
+            self._ahead = self._columns_ahead()
         return out
+
+    def sync(self) -> None:
+        """Counts what replays of a CUDA graph have read, of which the host knows nothing; waits for the device.
+
+        A decode step can be recorded where its position is a tensor, which the graph moves on; nothing else in it counts tokens.
+
+        >>> step = lambda: (model(token, position_ids=at, past_key_values=cache), at.add_(1))  # doctest: +SKIP
+        """
+        if self.cache is not None:
+            self.cache.sync()
+            if self._ahead is not None:
+                self.seen = int(self.cache.tokens_seen.max()) + self._ahead
+
+    def _columns_ahead(self) -> int:
+        """How many more columns there are than tokens of the longest row."""
+        return self.seen - int(self.cache.tokens_seen.max())
 
     # --- what transformers asks of a layer ----------------------------------------------------------------------------
 
@@ -139,7 +162,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self._forget_past()
         if self.cache is not None:
             self.cache.reset()
-        self.seen, self._padded = 0, (0, 0, 0, Rows())
+        self.seen, self._padded, self._ahead = 0, (0, 0, 0, Rows()), None if self._ahead is None else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._forget_past()
@@ -201,6 +224,8 @@ class LolaCacheLayer(CacheLayerMixin):
         self.seen += tokens_to_remove
         begin, end, columns, rows = self._padded
         self._padded = begin, min(end, max(begin, self.seen)), columns, rows
+        if self._ahead is not None:
+            self._ahead = self._columns_ahead()
 
     def _padding(self, calls: list[_Call], first: int) -> int:
         """How many columns from `first` on are padding, in a row; `calls` are the last ones."""

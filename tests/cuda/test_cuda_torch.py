@@ -240,13 +240,15 @@ def test_a_decode_step_as_a_cuda_graph(dtype):
     with torch.cuda.graph(graph):
         out = step()
     assert torch.equal(first, model(ids[:, 230:231], past_key_values=caches[1]).logits)
-    for t in range(231, 420):
+    assert caches[0].get_seq_length() == 231                 # recorded is not read
+    for t in range(231, 410):
         token.copy_(ids[:, t : t + 1])
         graph.replay()
         assert torch.equal(out, model(ids[:, t : t + 1], past_key_values=caches[1]).logits)
-    memory = caches[0].layers[1].cache
-    memory.sync()
-    assert memory.tokens_seen.tolist() == [420, 420] and np.asarray(memory.folded).min() > 0
+    for layer in caches[0].layers:
+        layer.sync()
+        assert layer.seen == 410 and layer.cache.tokens_seen.tolist() == [410, 410] and np.asarray(layer.cache.folded).min() > 0
+    assert torch.equal(*(model(ids[:, 410:], past_key_values=cache).logits for cache in caches))
 
 
 # ----------------------------------------------------------------------------------- training
