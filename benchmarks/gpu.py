@@ -278,7 +278,7 @@ class Gpu:
 
 
 class MemoryUsed:
-    """The greatest `peak` of used(), asked every other millisecond: no allocator tells what all of them had at once."""
+    """The greatest `peak` of used(), asked fifty times a second: no allocator tells what all of them had at once."""
 
     def __init__(self, used: Callable[[], int]):
         self.used, self.peak = used, 0
@@ -286,7 +286,7 @@ class MemoryUsed:
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self):
-        while not self._done.wait(0.002):
+        while not self._done.wait(0.02):
             self.peak = max(self.peak, self.used())
 
     def __enter__(self) -> MemoryUsed:

@@ -74,7 +74,7 @@ FULL = Plan(
     prefill=(4 * _K, 8 * _K, 16 * _K, 32 * _K, 64 * _K, 128 * _K), crossover=(_K, 2 * _K, 3 * _K, 4 * _K, 6 * _K, 8 * _K, 12 * _K),
     phases=32 * _K, judged=32 * _K, stack=(4, 32 * _K, 4096, 14336), sparse=(64, 128, 256, 512, 1024), update_tokens=8 * _K,
     numpy_tokens=32 * _K, plain_tokens=(4 * _K, 32 * _K), host_calls=60,
-    llama=Llama(32, 4096, 14336, 128256, 32 * _K, 80e9, 22 * 2.0**30, (8 * _K, 64), few=64, rounds=4),
+    llama=Llama(32, 4096, 14336, 128256, 32 * _K, 80e9, 22 * 2.0**30, (8 * _K, 64), few=64, rounds=3),
 )  # fmt: skip
 QUICK = Plan(
     repeats=5, budget=1.5, layer=_LLAMA, batches=(1, 16), contexts=(8 * _K, 32 * _K), cold=2, least=4,

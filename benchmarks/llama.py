@@ -37,22 +37,30 @@ def measure(backend, report: Report, geometry: Geometry, size: Llama):
     _card(backend, report, models, where)
     where += f", {size.context // 1024}K tokens"
     ours = Loop(models, models.lola, DynamicCache, Recorder(models))
-    rate, peers, ratios = ours.largest_batch(report, "LoLA", where), {}, []
+    ours.begin(report, "LoLA", where)
+    ours.recorder.stop()  # while time is taken
+    single, peers, ratios = ours.copy(), {}, []
     for name, new_cache in (("SDPA", DynamicCache), ("SDPA, room ahead", models.cache_with_room)):
-        for layer in ours.cache.layers:
-            layer.offload()  # counts as nobody's memory
+        for loop in (ours, single):
+            loop.offload()  # counts as nobody's memory
         peer = Loop(models, models.softmax, new_cache)
-        peers[name] = peer.largest_batch(report, name, where)
-        for layer in ours.cache.layers:
-            layer.prefetch()
-        runs = {"LoLA": lambda: ours.seconds(geometry.chunk), name: lambda peer=peer: peer.seconds(PEER_STEPS)}
+        peer.begin(report, name, where)
+        single.prefetch()
+        runs = {"LoLA": lambda: single.seconds(geometry.chunk), name: lambda peer=peer: peer.seconds(PEER_STEPS)}
         values = alternate(backend, runs, size.rounds, BUDGET)
         for label, seconds in values.items():
             report.figure(f"{label}, 1 row", where, "tokens/s", 1 / seconds, f"in turn with {name}" if label == "LoLA" else "")
         ratios.append(report.figure(f"LoLA over {name}, 1 row", where, "x", values[name] / values["LoLA"]))
+        single.offload()
+        peers[name] = peer.largest_batch(report, name, where)
         del peer, runs
         backend.free()
-    _captured(backend, report, models, ours, where)
+    single.prefetch()
+    _captured(backend, report, models, single, where)
+    del single
+    ours.prefetch()
+    ours.recorder.start()
+    rate = ours.largest_batch(report, "LoLA", where)
     what = f"whole model, {size.context // 1024}K tokens of context, tokens/s over softmax attention's"
     report.goal("H1", f"{what}, 1 row", 1, 1, min(ratios), "x")
     report.goal("H2", f"{what}, the most rows in {size.memory / GB:.0f} GB", 5, 5, rate / max(peers.values()), "x")
@@ -71,8 +79,7 @@ def _card(backend, report, models: Models, where: str):
 
 def _captured(backend, report, models: Models, loop: Loop, where: str):
     """The whole step, the choice of the token included, as one graph; its tokens are those of the eager loop."""
-    eager, same = copy.copy(loop), []
-    eager.cache, token = copy.deepcopy(loop.cache), loop.token.clone()
+    eager, token, same = loop.copy(), loop.token.clone(), []
     position = torch.full((1, 1), int(loop.cache.layers[0].cache.tokens_seen[0]), device=token.device)
 
     def step():
@@ -141,30 +148,36 @@ class Recorder:
     """What the attention of some layers takes and gives, in the first and the last row of a batch, for checks in closed form."""
 
     def __init__(self, models: Models):
-        self.models, self.on = models, True
+        self.models = models
         self.attentions = {i: models.lola.model.layers[i].self_attn for i in sorted({0, models.size.layers - 1})}
         self.pieces: dict[int, list] = {i: [] for i in self.attentions}
         self.outs: dict[int, torch.Tensor] = {}
-        for i, attention in self.attentions.items():
-            self._watch(i, attention)
+        self.hooks: list = []
+        self.start()
+
+    def start(self):
+        self.hooks = [self._watch(i, attention) for i, attention in self.attentions.items()]
+
+    def stop(self):
+        for attention, hook in zip(self.attentions.values(), self.hooks):
+            del attention.project
+            hook.remove()
 
     def _watch(self, i: int, attention):
         project = attention.project
 
         def projected(hidden, positions):
             made = project(hidden, positions)
-            if self.on:
-                ends = slice(None) if len(hidden) == 1 else [0, -1]
-                # Long pieces would count as memory that decoding needs.
-                self.pieces[i].append([x[ends].to("cpu" if x.shape[1] > 1 else x.device) for x in (hidden, *made)])
+            ends = slice(None) if len(hidden) == 1 else [0, -1]
+            # Long pieces would count as memory that decoding needs.
+            self.pieces[i].append([x[ends].to("cpu" if x.shape[1] > 1 else x.device) for x in (hidden, *made)])
             return made
 
         def attended(_, inputs):
-            if self.on:
-                self.outs[i] = inputs[0][[0, -1], -1:].unflatten(-1, (-1, attention.head_dim))
+            self.outs[i] = inputs[0][[0, -1], -1:].unflatten(-1, (-1, attention.head_dim))
 
         attention.project = projected
-        attention.o_proj.register_forward_pre_hook(attended)
+        return attention.o_proj.register_forward_pre_hook(attended)
 
     def fork(self):
         """The first row goes on as all rows."""
@@ -243,6 +256,19 @@ class Loop:
         self.models, self.decoder, self.new_cache, self.recorder = models, decoder, new_cache, recorder
         self.backend = models.backend
 
+    def copy(self) -> Loop:
+        twin = copy.copy(self)
+        twin.cache = copy.deepcopy(self.cache)
+        return twin
+
+    def offload(self):
+        for layer in self.cache.layers:
+            layer.offload()
+
+    def prefetch(self):
+        for layer in self.cache.layers:
+            layer.prefetch()
+
     def prefill(self, tokens: int):
         self.cache, self.token = self.new_cache(), self.models.tokens[:, :tokens]
         self.steps(1)
@@ -271,30 +297,36 @@ class Loop:
         self.token = torch.randint(self.models.size.vocabulary, (rows, 1), device=self.token.device)
         self.backend.free()
 
-    def checked(self, report) -> float:
-        """Steps over the end of a chunk, and LoLA's check; the peak memory of the steps."""
+    def update(self) -> float:
+        """Steps over the end of a chunk where there are chunks, a few elsewhere: their peak memory."""
         with self.backend.memory_used() as used:
             self.steps(self.models.geometry.chunk + 8 if self.recorder else 4)
-        if self.recorder:
-            report.checked(self.recorder.checks(self.cache, len(self.token)))
-            self.backend.free()
         return used.peak
 
-    def largest_batch(self, report: Report, name: str, where: str) -> float:
-        """Tokens per second of as many rows as fit, and the peak memory of one row and of these. One row remains."""
-        size = self.models.size
+    def checked(self, report) -> float:
+        """The same; LoLA's outputs are then compared with those over all that was read."""
+        peak = self.update()
+        if self.recorder:
+            report.checked(self.recorder.checks(self.cache, len(self.token)))
+        self.backend.free()
+        return peak
+
+    def begin(self, report: Report, name: str, where: str):
+        """Prefill of one row and some steps, checked; and their peak memory."""
         self.backend.free()
         with self.backend.memory_used() as used:
-            self.prefill(size.context)
+            self.prefill(self.models.size.context)
             self.steps(4)
         report.figure(f"{name}, 1 row, peak memory, prefill included", where, "GB", [used.peak / GB])
-        few = size.few if self.recorder else 2
-        peaks = []
-        for rows in (1, few):
-            self.fork(rows)
-            peaks.append(self.checked(report))
-        row = (peaks[1] - peaks[0]) / (few - 1)
-        rows = 1 + int((size.memory - peaks[0]) / row)
+        self.backend.free()
+        self.one = self.checked(report)
+
+    def largest_batch(self, report: Report, name: str, where: str) -> float:
+        """Tokens per second of as many rows as fit, and their peak memory."""
+        size, few = self.models.size, self.models.size.few if self.recorder else 2
+        self.fork(few)
+        row = (self.update() - self.one) / (few - 1)
+        rows = 1 + int((size.memory - self.one) / row)
         while True:
             rows = max(1, rows)
             self.fork(rows)
@@ -304,9 +336,7 @@ class Loop:
             rows -= math.ceil((peak - size.memory) / row)
         report.figure(f"{name}, {rows} rows, peak memory", where, "GB", [peak / GB])
         if self.recorder:
-            self.recorder.on = False
+            self.recorder.stop()
         count = self.models.geometry.chunk if self.recorder else PEER_STEPS
         seconds = alternate(self.backend, {name: lambda: self.seconds(count)}, size.rounds, BUDGET)[name]
-        rate = report.figure(f"{name}, {rows} rows, the most in {size.memory / GB:.0f} GB", where, "tokens/s", rows / seconds)
-        self.fork(1)
-        return rate
+        return report.figure(f"{name}, {rows} rows, the most in {size.memory / GB:.0f} GB", where, "tokens/s", rows / seconds)

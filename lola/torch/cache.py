@@ -18,6 +18,8 @@ from . import ops
 NAME = "lola"
 # Columns that are recorded for a rollback at most, while transformers asks for it.
 RECORDED = 1024
+# What a copy of a layer needs beside its memory.
+_STATE = ("seen", "is_initialized", "_spec", "_sizes", "_dtype", "_padded", "_ahead")
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -48,7 +50,10 @@ class LolaCacheLayer(CacheLayerMixin):
         # For rollbacks of speculative decoding: the memory as it was, and the calls since then.
         self.record_past = False
         self._past: lola.Cache | None = None
-        self._calls: list[tuple[int, Callable[[int], Tensor]]] = []
+        self._calls: list[_Call] = []
+        # The last call that had padding: where it begins and ends, its columns, and which of them were tokens.
+        self._padded: tuple[int, int, int, Rows] = (0, 0, 0, Rows())
+        self._ahead: int | None = None  # `_columns_ahead`, once a CUDA graph was recorded
         self._home: torch.device | None = None  # where an offloaded memory comes from
 
     @property
@@ -97,22 +102,44 @@ class LolaCacheLayer(CacheLayerMixin):
             made = ops.feature_map_of(feature_map, w_q, w_k)
             gate = None if factors is None else ops.gate_of(factors)
             if rows.starts is None and not self.record_past:  # nearly always
+                recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
+                if recorded and self._ahead is None:
+                    self._ahead = self._columns_ahead()
                 out = ops.run(q, k, v, self.cache, None, made, gate=gate)
-                self.seen += q.shape[1]
+                if not recorded:  # what a graph records is not read yet
+                    self.seen += q.shape[1]
                 return out
 
             def attend(q, k, v, starts, stops):
                 return ops.run(q, k, v, self.cache, None, made, gate=gate, starts=starts, stops=stops)
 
-            if rows.starts is not None:
-                self._forget_past()  # rows of different length, which crop refuses
-            elif self.record_past and (self._past is None or sum(n for n, _ in self._calls) > RECORDED):
+            if self.record_past and (self._past is None or self._recorded() > RECORDED):
                 self._past, self._calls = self.cache.copy(), []
         out = rows.attend(q, k, v, attend)
         if self._past is not None:
-            self._calls.append((q.shape[1], lambda n: attend(q[:, :n], k[:, :n], v[:, :n], None, None)))
+            self._calls.append(_Call(q, k, v, rows, attend))
+        if rows.starts is not None:
+            self._padded = self.seen, self.seen + q.shape[1], q.shape[1], rows
         self.seen += q.shape[1]
+        if self._ahead is not None:
+            self._ahead = self._columns_ahead()
         return out
+
+    def sync(self) -> None:
+        """Counts what replays of a CUDA graph have read, of which the host knows nothing; waits for the device.
+
+        A decode step can be recorded where its position is a tensor, which the graph moves on; nothing else in it counts tokens.
+
+        >>> step = lambda: (model(token, position_ids=at, past_key_values=cache), at.add_(1))  # doctest: +SKIP
+        """
+        if self.cache is not None:
+            self.cache.sync()
+            if self._ahead is not None:
+                self.seen = int(self.cache.tokens_seen.max()) + self._ahead
+
+    def _columns_ahead(self) -> int:
+        """How many more columns there are than tokens of the longest row."""
+        return self.seen - int(self.cache.tokens_seen.max())
 
     # --- what transformers asks of a layer ----------------------------------------------------------------------------
 
@@ -135,7 +162,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self._forget_past()
         if self.cache is not None:
             self.cache.reset()
-        self.seen = 0
+        self.seen, self._padded, self._ahead = 0, (0, 0, 0, Rows()), None if self._ahead is None else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._forget_past()
@@ -159,6 +186,9 @@ class LolaCacheLayer(CacheLayerMixin):
     def _forget_past(self) -> None:
         self._past, self._calls = None, []
 
+    def _recorded(self) -> int:
+        return sum(call.columns for call in self._calls)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -tokens_to_remove tokens of every row, back to the start of its current chunk at most.
 
@@ -172,27 +202,44 @@ class LolaCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.seen)
-        past, calls = self._past, self._calls
+        past, calls, recorded = self._past, self._calls, self._recorded()
         self._forget_past()
         if tokens_to_remove == 0 or self.cache is None:
             return
-        seen = self.cache.tokens_seen
+        seen, left = self.cache.tokens_seen, recorded + tokens_to_remove
         if (seen != seen[0]).any():
             raise ValueError(f"crop cannot shorten rows of different length, {seen.tolist()}: LoLA crops all rows to one length")
-        if seen[0] + tokens_to_remove < 0:
+        keep = int(seen[0]) + tokens_to_remove + self._padding(calls, self.seen + tokens_to_remove)
+        if keep < 0:
             raise ValueError(f"crop cannot forget {-tokens_to_remove} tokens of {seen[0]}")
         try:
-            self.cache.crop(int(seen[0]) + tokens_to_remove)
+            self.cache.crop(keep)
         except ValueError:
-            left = sum(n for n, _ in calls) + tokens_to_remove
             if past is None or left < 0:
                 raise
             self._set(past)
-            for n, repeat in calls:
-                if left > 0:
-                    repeat(min(n, left))
-                left -= n
+            for call in calls:
+                call.repeat(min(call.columns, left))
+                left = max(0, left - call.columns)
         self.seen += tokens_to_remove
+        begin, end, columns, rows = self._padded
+        self._padded = begin, min(end, max(begin, self.seen)), columns, rows
+        if self._ahead is not None:
+            self._ahead = self._columns_ahead()
+
+    def _padding(self, calls: list[_Call], first: int) -> int:
+        """How many columns from `first` on are padding, in a row; `calls` are the last ones."""
+        found, at = 0, self.seen
+        for call in reversed(calls):
+            at -= call.columns
+            found += call.rows.padding(call.columns, max(0, first - at), call.columns)
+        begin, end, columns, rows = self._padded
+        end = min(end, at)
+        if first < end:
+            if first < begin:
+                raise ValueError("crop cannot forget more columns than those since the last call with padding, and that call's")
+            found += rows.padding(columns, first - begin, end - begin)
+        return found
 
     def offload(self) -> None:
         if self.cache is not None and self._buffers[0].device.type != "cpu":
@@ -206,18 +253,37 @@ class LolaCacheLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> LolaCacheLayer:
         twin = type(self)()
         memo[id(self)] = twin
-        for name in ("seen", "is_initialized", "_spec", "_sizes", "_dtype"):
+        for name in _STATE:
             setattr(twin, name, getattr(self, name))
         if self.cache is not None:
             twin._set(self.cache.copy())
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: getattr(self, name) for name in ("seen", "is_initialized", "_spec", "_sizes", "_dtype")}
+        state = {name: getattr(self, name) for name in _STATE}
         return _from_pickle, (type(self), state, self.cache)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seen={self.seen}, cache={self.cache!r})"
+
+
+class _Call(NamedTuple):
+    """What was read at once, to read its beginning again."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Rows
+    attend: Callable[..., Tensor]
+
+    @property
+    def columns(self) -> int:
+        return self.q.shape[1]
+
+    def repeat(self, columns: int) -> None:
+        if columns:
+            rows = self.rows if self.rows.starts is None else rows_of(self.rows.valid(self.columns)[:, :columns])
+            rows.attend(*(x[:, :columns] for x in (self.q, self.k, self.v)), self.attend)
 
 
 def _from_pickle(cls: type[LolaCacheLayer], state: dict[str, Any], cache: lola.Cache | None) -> LolaCacheLayer:
@@ -265,6 +331,21 @@ class Rows(NamedTuple):
             return attend(q, k, v, self.starts, self.stops)
         out = attend(*(_along(x, self.order) for x in (q, k, v)), self.starts, self.stops)
         return _along(out, self.order.argsort(dim=1))
+
+    def padding(self, columns: int, first: int, end: int) -> int:
+        """How many of a call's columns `first` .. `end` are padding, in a row."""
+        if self.starts is None:
+            return 0
+        counts = (~self.valid(columns)[:, first:end]).sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"crop cannot shorten rows by different numbers of tokens: {counts} of these columns are padding")
+        return counts[0]
+
+    def valid(self, columns: int) -> Tensor:
+        """Which columns are tokens, (B, columns) bool; what `rows_of` takes."""
+        at = torch.arange(columns, device=self.starts.device)
+        some = (at >= self.starts[:, None]) & (at < self.stops[:, None])
+        return some if self.order is None else torch.zeros_like(some).scatter_(1, self.order, some)
 
 
 def _along(x: Tensor, order: Tensor) -> Tensor:
@@ -327,7 +408,8 @@ def rows_of_mask(mask: Tensor | None, tokens: int, seen: int) -> Rows:
     if not isinstance(mask, Tensor):
         raise ValueError(f"attention_mask must be a tensor or None, got {type(mask).__name__}: use sdpa, eager or lola attention")
     if mask.ndim == 3:
-        return Rows(mask[:, 0, 0], mask[:, 0, 1], mask[:, 0, 2:] if mask.shape[2] > 2 else None)
+        starts, stops = (mask[:, 0, i].contiguous() for i in range(2))  # which kernels read
+        return Rows(starts, stops, mask[:, 0, 2:] if mask.shape[2] > 2 else None)
     if mask.ndim == 2:
         return rows_of(mask[:, -tokens:].bool())
     if mask.ndim != 4:

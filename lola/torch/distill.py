@@ -15,8 +15,8 @@ each layer's input in finetuning. As one command:
     python -m lola.torch.distill --model needle --text needle-tasks --out adapter      # the bundled adapter's data and recipe
     python -m lola.torch.distill --dry-run                                             # memory of one 8B-shaped step
 
-(The second is for a GPU and was run for single steps on a CPU only; the shipped adapter comes from `lola.models.train_needle`,
-the same recipe with a gradient that leaves out the largest logit, see `hybrid.mix`.) And in a script:
+(The second, some seven minutes of an H200, was run for its first steps only; the shipped adapter comes from
+`lola.models.train_needle`, the same recipe with a gradient that leaves out the largest logit, see `hybrid.mix`.) And in a script:
 
 >>> model = transformers.AutoModelForCausalLM.from_pretrained("folder")                               # doctest: +SKIP
 >>> data = Rows(ids, length=1024, rows=8, steps=1000)                                                 # doctest: +SKIP
@@ -123,7 +123,7 @@ def new_maps(layers: Iterable[int], heads: int, head_dim: int, columns: int, see
     for i in layers:
         at = f"model.layers.{i}.self_attn."
         for side in "qk":
-            w = torch.empty(heads, head_dim, columns).normal_(0, head_dim**-0.5, generator=generator)
+            w = torch.empty(heads, head_dim, columns, device="cpu").normal_(0, head_dim**-0.5, generator=generator)
             out[f"{at}feature_map_{side}.mlp.layer"] = w.to(device)
         out[at + "window_factors"] = torch.full((1, heads, 1, 1), -2.197, device=device)
     return out
@@ -134,7 +134,7 @@ def new_lora(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, device
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for part, (rows, columns) in shapes.items():
-        a = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) * columns**-0.5
+        a = torch.empty(rank, columns, device="cpu").uniform_(-1, 1, generator=generator) * columns**-0.5
         out[f"base_model.model.{part}.lora_A.default.weight"] = a.to(device)
         out[f"base_model.model.{part}.lora_B.default.weight"] = torch.zeros(rows, rank, device=device)
     return out

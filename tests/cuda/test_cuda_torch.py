@@ -188,18 +188,18 @@ def test_a_compiled_model(backend, monkeypatch):
     assert cache.layers[0].cache.device.startswith(DEVICE) and not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_layers_on_two_devices(tmp_path):
-    """Each layer's memory lies where the layer does."""
+def test_layers_that_wait_elsewhere(tmp_path):
+    """Weights and maps of two layers come from the CPU for the time of a layer; its memory lies where it runs."""
     pytest.importorskip("accelerate")
     hf.linear(config=RECENCY).save_pretrained(tmp_path)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": DEVICE, "model.layers.2": "cpu"}
-    places |= {"model.norm": DEVICE, "model.rotary_emb": "cpu", "lm_head": DEVICE}
+    places = {"model.embed_tokens": DEVICE, "model.layers.0": "cpu", "model.layers.1": DEVICE, "model.layers.2": "cpu"}
+    places |= {"model.norm": DEVICE, "model.rotary_emb": DEVICE, "lm_head": DEVICE}
     other, model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places), hf.linear(config=RECENCY)
     ids, mask = hf.padded(hf.prompts(), [60, 31])
-    cache = other(ids).past_key_values
-    assert [layer.cache.device.split(":")[0] for layer in cache.layers] == ["cpu", DEVICE, "cpu"]
+    assert all(layer.cache.device.startswith(DEVICE) for layer in other(ids).past_key_values.layers)
     for options in ({}, dict(num_beams=2)):
-        assert torch.equal(hf.answer(other, ids, attention_mask=mask, **options).cpu(), hf.answer(model, ids, attention_mask=mask, **options))
+        wanted = hf.answer(model, ids, attention_mask=mask, **options)
+        assert torch.equal(hf.answer(other, ids.to(DEVICE), attention_mask=mask.to(DEVICE), **options).cpu(), wanted)
 
 
 @only_on_cuda
@@ -240,13 +240,15 @@ def test_a_decode_step_as_a_cuda_graph(dtype):
     with torch.cuda.graph(graph):
         out = step()
     assert torch.equal(first, model(ids[:, 230:231], past_key_values=caches[1]).logits)
-    for t in range(231, 420):
+    assert caches[0].get_seq_length() == 231                 # recorded is not read
+    for t in range(231, 410):
         token.copy_(ids[:, t : t + 1])
         graph.replay()
         assert torch.equal(out, model(ids[:, t : t + 1], past_key_values=caches[1]).logits)
-    memory = caches[0].layers[1].cache
-    memory.sync()
-    assert memory.tokens_seen.tolist() == [420, 420] and np.asarray(memory.folded.numpy()).min() > 0
+    for layer in caches[0].layers:
+        layer.sync()
+        assert layer.seen == 410 and layer.cache.tokens_seen.tolist() == [410, 410] and np.asarray(layer.cache.folded).min() > 0
+    assert torch.equal(*(model(ids[:, 410:], past_key_values=cache).logits for cache in caches))
 
 
 # ----------------------------------------------------------------------------------- training

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from lola.torch import LolaCacheLayer
+from lola.torch.cache import lola_mask, rows_of_mask
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,52 @@ def test_crop_while_recording(model, back):
     continues_as(model, cache, ids, 50 - back)
 
 
+@pytest.mark.parametrize("back", [1, 4, 7, 12, 18, 26, 30])
+def test_crop_over_padding_while_recording(model, back):
+    """Columns count as transformers counts them, padding between the tokens included."""
+    ids, mask = hf.prompts(), torch.ones(2, 60, dtype=torch.long)
+    mask[:, [2, 22, 23, 33, 44, 49]] = 0
+    cache = DynamicCache()
+    options = dict(position_ids=(mask.cumsum(1) - 1).clamp(min=0), attention_mask=mask)
+
+    def part(first, last):
+        return ids[:, first:last], dict(attention_mask=mask[:, :last], position_ids=options["position_ids"][:, first:last], past_key_values=cache)
+
+    for first, last in ((0, 20), (20, 37), (37, 38), (38, 50)):
+        one, more = part(first, last)
+        model(one, **more)
+        cache.activate_past_recording()
+    cache.crop(-back)
+    assert cache.get_seq_length() == 50 - back and cache.layers[0].cache.tokens_seen[0] == mask[0, : 50 - back].sum()
+    one, more = part(50 - back, 60)
+    real = mask[0, 50 - back :].bool()
+    assert hf.difference(model(one, **more).logits[:, real], model(ids, **options).logits[:, 50 - back :][:, real]) < 1e-5
+
+
+def test_crop_over_padding_that_nobody_recorded(model):
+    ids, mask = hf.prompts(), torch.ones(2, 60, dtype=torch.long)
+    mask[:, [0, 1, 2, 3, 4, 57]] = 0
+    cache = read(model, ids[:, :9])
+    model(ids, attention_mask=torch.cat([mask[:, :9], mask], 1), past_key_values=cache)  # 9 and 54 tokens
+    read(model, ids[:, :1], cache)
+    copies = [copy.deepcopy(cache) for _ in range(3)]
+    for back, tokens in ((1, 63), (3, 61), (4, 61)):
+        cache = copies.pop()
+        cache.crop(-back)
+        assert cache.get_seq_length() == 70 - back and cache.layers[1].cache.tokens_seen.tolist() == [tokens] * 2
+    cache.crop(-1)
+    assert cache.layers[1].cache.tokens_seen.tolist() == [60] * 2
+    read(model, ids[:, :9], cache)
+    with pytest.raises(ValueError, match="call with padding"):
+        cache.crop(-66)
+    with pytest.raises(ValueError, match="got 60"):  # no padding where there was some before
+        cache.crop(-9)
+    mask = torch.cat([torch.ones(2, 74, dtype=torch.long), torch.tensor([[0, 1], [1, 0]])], 1)
+    model(ids[:, :2], attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="different numbers of tokens"):
+        cache.crop(-1)
+
+
 def test_recording_is_bounded(model, monkeypatch):
     monkeypatch.setattr("lola.torch.cache.RECORDED", 10)
     ids = hf.prompts()
@@ -178,6 +225,16 @@ def test_padding_between_tokens(attn, use_cache):
     for b in range(2):
         real = mask[b].bool()
         assert hf.difference(got[b, real], model(ids[b : b + 1, real]).logits[0]) < 1e-5
+
+
+def test_bounds_of_rows_are_contiguous():
+    """As kernels on a device take them."""
+    mask = torch.ones(3, 20, dtype=torch.long)
+    for padding in (slice(0, 4), slice(15, 20), slice(7, 9)):
+        mask[1, padding] = 0
+        rows = rows_of_mask(lola_mask(3, 20, 20, attention_mask=mask), 20, 0)
+        assert rows.starts.is_contiguous() and rows.stops.is_contiguous()
+        assert torch.equal(rows.valid(20), mask.bool())
 
 
 @pytest.mark.parametrize("attn", ["lola", "sdpa"])
