@@ -7,17 +7,162 @@
  * of head h's H, and its s, in shared memory while it walks the unit's chunks. A chunk costs the group one exchange
  * through global memory: every block writes its part of each pair's error, waits for the others, and then selects for
  * itself. All blocks are resident at once (a cooperative launch), groups take units in turn.
- * Where all pairs of a unit fit in shared memory beside its columns of H they stay there: scan_resident.cuh, which is
- * what runs at the usual sizes on large devices. Here is the scan for all other sizes, types and scores.
+ * On Hopper 16-bit caches at the usual sizes go another way, scan_wgmma.cuh: a cluster of blocks with all pairs in shared
+ * memory. Here is the scan for all other devices, sizes, types and scores.
  * 16-bit caches score and fold on the matrix units: features are bfloat16 by contract and so exact, H stands beside
  * itself split into two bfloat16 halves (2^-17), values are split where they are float16; sums are float32, and what a
  * fold adds to H is summed for 64 pairs and then added once. float32 caches use plain multiply-adds.
  * Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends on nothing
  * but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
-#include "cuda/chain.cuh"
-#include "cuda/scan_resident.cuh"
+#include "cuda/scan_wgmma.cuh"
 
 namespace {
+
+constexpr int WARPS = 12, THREADS = WARPS * 32;
+constexpr int COLUMNS = 32;     /* of H, to a block */
+constexpr int TILES = 3;        /* of 16 pairs, to a warp: 576 pairs are one round */
+constexpr int VALUE_PITCH = 40; /* of staged values: rows of 80 bytes meet no bank conflicts */
+constexpr int PLAIN_PAIRS = 4;  /* pairs that a warp scores at a time in float32 */
+constexpr int BINS = 256;
+
+/* How a cache's scan is laid out: the same on every call for one device, so that the order of sums is too. */
+struct scan_plan {
+  int groups, group_blocks, column_blocks;
+  int pairs;        /* L + C, padded to a multiple of 4 */
+  int stage;        /* pairs that are folded at a time */
+  int lists_shared; /* per-pair lists lie in shared memory, else in `exchange` */
+  int64_t list_bytes, shared_bytes;
+  int vector_recalled; /* 16-byte stores are possible */
+  unsigned identity;   /* LOLA_IDENTITY */
+  /* offsets into shared memory */
+  int hidden, normalizer, halves, features, values, lists;
+};
+
+/* --- shared memory ---------------------------------------------------------------------------------------------- */
+
+/* Lists over E: sparse slots 0 .. L-1, then the pairs that leave, L .. L+C-1. */
+struct pair_lists {
+  const char **phi, **value;
+  int64_t *position;
+  int *code;
+  float *score;        /* of E at this ranking, in the order of E */
+  float *slot_score;   /* (L,) at the last ranking */
+  float *given;        /* own scores of pairs, or NULL */
+  unsigned *dropped;   /* a bit for each of E */
+  int *dropped_before; /* for each word of `dropped` */
+  int *drop;           /* places in E of the dropped pairs, ascending; at most C */
+};
+
+/* The block's part of the state, and its stage. */
+extern __shared__ __align__(128) char scan_memory[];
+
+/* (F padded to 16, 32) */
+__device__ float *hidden_of(const scan_plan &plan) { return reinterpret_cast<float *>(scan_memory + plan.hidden); }
+/* (F padded to 16,) */
+__device__ float *normalizer_of(const scan_plan &plan) {
+  return reinterpret_cast<float *>(scan_memory + plan.normalizer);
+}
+/* (66, F padded to 64) swizzled: 32 columns of H high, 32 low, s high, s low. */
+__device__ __nv_bfloat16 *halves_of(const scan_plan &plan) {
+  return reinterpret_cast<__nv_bfloat16 *>(scan_memory + plan.halves);
+}
+/* Staged phi of dropped pairs: bfloat16 (stage, F padded to 64) swizzled, or float32 (stage, F). */
+template <typename T> __device__ T *staged_features(const scan_plan &plan) {
+  return reinterpret_cast<T *>(scan_memory + plan.features);
+}
+/* Staged values: high and low halves of (stage, VALUE_PITCH), or float32 (stage, 32). */
+template <typename T> __device__ T *staged_values(const scan_plan &plan) {
+  return reinterpret_cast<T *>(scan_memory + plan.values);
+}
+
+/* The block's place and memory. */
+struct scan_block {
+  pair_lists lists;
+  float *exchange;   /* the group's, (2, group_blocks, pairs) */
+  unsigned *barrier; /* the group's: arrivals, leavers */
+  int rank, head, column_block;
+};
+
+/* In static shared memory: kept out of registers, which the products need. */
+struct block_shared {
+  scan_block block;
+  scan_unit unit;
+  int rows[THREADS]; /* cache rows with work, of the THREADS being looked at */
+  int row_count[WARPS];
+};
+
+/* What changes from chunk to chunk; every thread of the group keeps the same. */
+struct scan_progress {
+  int64_t folded;
+  unsigned rounds;              /* of the group's barrier, in this launch */
+  int count;                    /* sparse slots in use */
+  int recall_first, recall_end; /* tokens of the span whose phi(q)^T H is still to be written */
+  bool leaving;                 /* the lists hold the next update's leaving pairs */
+};
+
+/* --- the group's barrier ---------------------------------------------------------------------------------------- */
+
+/* Says that this block's writes are done. Every thread calls it; the release covers what the barrier of the block has
+ * ordered before it. */
+__device__ void arrive(const scan_block &block, scan_progress *progress) {
+  progress->rounds++;
+  __syncthreads();
+  if (threadIdx.x == 0) lola_arrive(block.barrier);
+}
+
+/* Waits until every block of the group has arrived as often as this one. The last warp looks, the first may still be
+ * at work. */
+__device__ void await(const scan_plan &plan, const scan_block &block, const scan_progress &progress) {
+  if (threadIdx.x == THREADS - 32) {
+    const unsigned target = progress.rounds * static_cast<unsigned>(plan.group_blocks);
+    while (static_cast<int>(lola_arrivals(block.barrier) - target) < 0) {
+    }
+  }
+  __syncthreads();
+}
+
+/* The last block to leave puts the counters back to zero; nobody waits any more by then. */
+__device__ void leave_barrier(const scan_plan &plan, const scan_block &block, const scan_progress &progress) {
+  if (!progress.rounds || threadIdx.x) return;
+  __threadfence();
+  if (atomicAdd(block.barrier + 1, 1u) + 1 == static_cast<unsigned>(plan.group_blocks)) {
+    block.barrier[0] = 0;
+    block.barrier[1] = 0;
+  }
+}
+
+/* Elements of the cache, and whether rows of phi and values can be read 16 bytes at a time. */
+template <typename Element, bool VECTOR_ROWS> struct cache_kind {
+  using element = Element;
+  static constexpr bool tensor = true, vector = VECTOR_ROWS;
+};
+template <bool VECTOR_ROWS> struct cache_kind<float, VECTOR_ROWS> {
+  using element = float;
+  static constexpr bool tensor = false, vector = VECTOR_ROWS;
+};
+
+/* The rows of the right-hand matrix: column `column` of H (high; its low half is 32 rows on), then s high, s low. */
+constexpr int LOW_ROWS = COLUMNS, NORMALIZER_ROW = 2 * COLUMNS, HALF_ROWS = 2 * COLUMNS + 2;
+
+__device__ void store_halves(const scan_plan &plan, int pitch, int f, int column, float x, float y) {
+  unsigned hi, lo;
+  lola_split_pair(x, y, &hi, &lo);
+  const int row = lola_column_row(column);
+  *reinterpret_cast<unsigned *>(halves_of(plan) + lola_swizzled(row, f, pitch)) = hi;
+  *reinterpret_cast<unsigned *>(halves_of(plan) + lola_swizzled(row + LOW_ROWS, f, pitch)) = lo;
+}
+
+__device__ void store_normalizer_halves(const scan_plan &plan, int pitch, int f, float x) {
+  __nv_bfloat16 hi, lo;
+  lola_split(x, &hi, &lo);
+  halves_of(plan)[lola_swizzled(NORMALIZER_ROW, f, pitch)] = hi;
+  halves_of(plan)[lola_swizzled(NORMALIZER_ROW + 1, f, pitch)] = lo;
+}
+
+/* Where the group's blocks exchange their parts in a round: two areas in turn, so that one barrier a round suffices. */
+__device__ float *parts_of(const scan_plan &plan, const scan_block &block, unsigned round) {
+  return block.exchange + static_cast<int64_t>(round & 1) * plan.group_blocks * plan.pairs;
+}
 
 /* --- lists of pairs --------------------------------------------------------------------------------------------- */
 
@@ -335,7 +480,7 @@ __device__ unsigned score_key(float score) {
 }
 
 /* In static shared memory. */
-struct select_shared {
+struct alignas(16) select_shared {
   unsigned histogram[3][BINS];
   uint64_t low[WARPS], high[WARPS];
 };
@@ -802,7 +947,7 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   const pair_lists &lists = block.lists;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (threadIdx.x == 0) begin_scan_unit(g, shared, row, set, count);
+  if (threadIdx.x == 0) shared->unit = scan_unit_of(g, row, set, block.head, count);
   __syncthreads();
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head];
@@ -891,21 +1036,14 @@ __device__ void walk_unit(const lola_device_segment &g, const scan_plan &plan, b
   __syncthreads(); /* the lists are read to the end */
 }
 
-__device__ bool row_has_work(const lola_device_segment &g, int row, int record) {
-  const lola_device_span &span = g.spans[row];
-  if (span.tokens <= 0) return false;
-  if (record) return true;
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-  return leaving.end > leaving.first;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     scan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ scan_plan plan, int record) {
   __shared__ block_shared shared;
+  __shared__ select_shared select;
   lola_device_await_previous();
   lola_device_start_next();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = blockIdx.x / plan.group_blocks;
+  const int group = blockIdx.x / plan.group_blocks;
   if (threadIdx.x == 0) {
     scan_block block;
     block.rank = blockIdx.x % plan.group_blocks;
@@ -913,67 +1051,33 @@ __global__ void __launch_bounds__(THREADS, 1)
     block.column_block = block.rank % plan.column_blocks;
     const int64_t exchange = 2LL * plan.group_blocks * plan.pairs;
     block.exchange = static_cast<float *>(g.exchange) + group * exchange;
-    if constexpr (!is_resident<T>) {
-      char *lists = plan.lists_shared ? scan_memory + plan.lists
-                                      : static_cast<char *>(g.exchange) + (plan.groups * exchange * 4 + 15) / 16 * 16 +
-                                            blockIdx.x * plan.list_bytes;
-      block.lists = lay_out_lists(lists, g.L, g.C);
-      if (!g.sparse_given) block.lists.given = nullptr;
-    }
+    char *lists = plan.lists_shared ? scan_memory + plan.lists
+                                    : static_cast<char *>(g.exchange) + (plan.groups * exchange * 4 + 15) / 16 * 16 +
+                                          blockIdx.x * plan.list_bytes;
+    block.lists = lay_out_lists(lists, g.L, g.C);
+    if (!g.sparse_given) block.lists.given = nullptr;
     block.barrier = g.barriers + LOLA_SCAN_BARRIERS / plan.groups * group;
     shared.block = block;
   }
   scan_progress progress = {};
-  int64_t before = 0; /* units of the rows looked at so far */
-  for (int64_t first = 0; first < g.B; first += THREADS) {
-    const int64_t row = first + threadIdx.x;
-    const bool busy = row < g.B && row_has_work(g, static_cast<int>(row), record);
-    const unsigned bits = __ballot_sync(ALL, busy);
-    if (lane == 0) shared.row_count[warp] = __popc(bits);
-    __syncthreads();
-    int at = 0, rows = 0;
-    for (int w = 0; w < WARPS; w++) {
-      if (w < warp) at += shared.row_count[w];
-      rows += shared.row_count[w];
-    }
-    if (busy) shared.rows[at + __popc(bits & ((1u << lane) - 1))] = static_cast<int>(row);
-    __syncthreads();
-    const int64_t units = static_cast<int64_t>(rows) * g.S;
-    /* Units are numbered through all rows with work; a group takes every groups-th. */
-    int64_t unit = (group - before % plan.groups + plan.groups) % plan.groups;
-    for (; unit < units; unit += plan.groups) {
-      const int own_row = shared.rows[unit / g.S], set = static_cast<int>(unit % g.S);
-      if constexpr (is_resident<T>) {
-        walk_resident<T>(g, plan, &shared, &progress, own_row, set, record);
-      } else {
-        __shared__ select_shared select;
-        walk_unit<T>(g, plan, &shared, &select, &progress, own_row, set, record);
-      }
-    }
-    before += units;
-  }
+  for_each_unit<THREADS>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
+    walk_unit<T>(g, plan, &shared, &select, &progress, row, set, record);
+  });
   leave_barrier(plan, shared.block, progress);
 }
 
 /* --- launching -------------------------------------------------------------------------------------------------- */
 
-template <typename T> const void *address_of() { return reinterpret_cast<const void *>(scan_kernel<T>); }
-
-template <bool VECTOR> const void *kernel_of(lola_dtype dtype, int panels) {
-  const bool half = dtype == LOLA_FLOAT16;
-  if (panels == 1)
-    return half ? address_of<resident_kind<__half, 1, VECTOR>>()
-                : address_of<resident_kind<__nv_bfloat16, 1, VECTOR>>();
-  if (panels == 2)
-    return half ? address_of<resident_kind<__half, 2, VECTOR>>()
-                : address_of<resident_kind<__nv_bfloat16, 2, VECTOR>>();
-  if (dtype == LOLA_FLOAT32) return address_of<cache_kind<float, VECTOR>>();
-  return half ? address_of<cache_kind<__half, VECTOR>>() : address_of<cache_kind<__nv_bfloat16, VECTOR>>();
+template <bool VECTOR> const void *kernel_of(lola_dtype dtype) {
+  const auto address = [](auto kernel) { return reinterpret_cast<const void *>(kernel); };
+  if (dtype == LOLA_FLOAT32) return address(scan_kernel<cache_kind<float, VECTOR>>);
+  return dtype == LOLA_FLOAT16 ? address(scan_kernel<cache_kind<__half, VECTOR>>)
+                               : address(scan_kernel<cache_kind<__nv_bfloat16, VECTOR>>);
 }
 
-/* The kernel for pairs that are resident in so many panels or (0) are not, reading rows 16 bytes at a time or not. */
-const void *kernel_of(lola_dtype dtype, int panels, bool vector) {
-  return vector ? kernel_of<true>(dtype, panels) : kernel_of<false>(dtype, panels);
+/* The kernel that reads rows 16 bytes at a time, or not. */
+const void *kernel_of(lola_dtype dtype, bool vector) {
+  return vector ? kernel_of<true>(dtype) : kernel_of<false>(dtype);
 }
 
 /* What the planning needs to know of a cache or a segment. */
@@ -985,50 +1089,69 @@ struct scan_sizes {
 
 struct device_limits {
   int device, processors, shared;
+  bool wgmma; /* runs code that was compiled for Hopper's own instructions */
 };
 
 lola_status look_up_device(device_limits *limits, lola_message *message) {
-  static thread_local device_limits known = {-1, 0, 0};
+  static thread_local device_limits known = {-1, 0, 0, false};
   int device;
   lola_status status = lola_cuda_status(cudaGetDevice(&device), "cudaGetDevice", message);
   if (!status && device != known.device) {
-    device_limits found = {device, 0, 0};
-    status = lola_cuda_status(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device),
-                              "cudaDeviceGetAttribute", message);
-    if (!status)
-      status = lola_cuda_status(cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                                "cudaDeviceGetAttribute", message);
+    device_limits found = {device, 0, 0, false};
+    int major = 0;
+    const struct {
+      int *value;
+      cudaDeviceAttr name;
+    } wanted[] = {{&found.processors, cudaDevAttrMultiProcessorCount},
+                  {&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                  {&major, cudaDevAttrComputeCapabilityMajor}};
+    for (const auto &attribute : wanted)
+      if (!status)
+        status = lola_cuda_status(cudaDeviceGetAttribute(attribute.value, attribute.name, device),
+                                  "cudaDeviceGetAttribute", message);
+    cudaFuncAttributes attributes = {};
+    if (!status && major == 9)
+      status = lola_cuda_status(cudaFuncGetAttributes(&attributes, wgmma_scan::kernel_of(LOLA_BFLOAT16, 1, true)),
+                                "scan", message);
+    found.wgmma = attributes.maxThreadsPerBlock >= wgmma_scan::THREADS;
     if (!status) known = found;
   }
   *limits = known;
   return status;
 }
 
-/* Blocks of the kernels that fit on a multiprocessor with `bytes` of shared memory. Allows them `most` on the way,
- * always the same, so that calls from other threads do not take it away again. */
-lola_status look_up_occupancy(int device, lola_dtype dtype, int panels, int64_t bytes, int64_t most, int *blocks,
-                              lola_message *message) {
+/* Blocks of a kernel that fit on a multiprocessor with `bytes` of shared memory, or clusters of `cluster` blocks on the
+ * device. Allows the kernels `most` bytes on the way, always the same, so that calls from other threads do not take it
+ * away again. */
+lola_status look_up_occupancy(const void *const (&kernels)[2], int device, int threads, int cluster, int64_t bytes,
+                              int64_t most, int *fitting, lola_message *message) {
   static thread_local struct {
-    int device, dtype, panels, blocks;
+    const void *kernel;
+    int device, cluster, fitting;
     int64_t bytes;
-  } known = {-1, 0, 0, 0, 0};
-  if (known.device != device || known.dtype != dtype || known.panels != panels || known.bytes != bytes) {
-    int found = INT_MAX;
-    for (const void *kernel : {kernel_of(dtype, panels, false), kernel_of(dtype, panels, true)}) {
-      lola_status status = lola_cuda_status(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)), "scan",
-          message);
-      int blocks_of_kernel = 0;
-      if (!status)
-        status = lola_cuda_status(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_of_kernel, kernel, THREADS,
-                                                                                static_cast<size_t>(bytes)),
-                                  "scan", message);
+  } known = {nullptr, -1, 0, 0, 0};
+  if (known.kernel != kernels[0] || known.device != device || known.cluster != cluster || known.bytes != bytes) {
+    int least = INT_MAX;
+    for (const void *kernel : kernels) {
+      cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+      int found = 0;
+      if (error == cudaSuccess && cluster) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        cudaLaunchAttribute attributes[2] = {};
+        const cudaLaunchConfig_t config =
+            wgmma_scan::launch_config(kernel, cluster, cluster, bytes, nullptr, attributes);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
+      } else if (error == cudaSuccess) {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, threads, static_cast<size_t>(bytes));
+      }
+      lola_status status = lola_cuda_status(error, "scan", message);
       if (status) return status;
-      if (blocks_of_kernel < found) found = blocks_of_kernel;
+      if (found < least) least = found;
     }
-    known = {device, dtype, panels, found, bytes};
+    known = {kernels[0], device, cluster, least, bytes};
   }
-  *blocks = known.blocks;
+  *fitting = known.fitting;
   return LOLA_OK;
 }
 
@@ -1053,42 +1176,52 @@ int64_t lay_out_shared(const scan_sizes &sizes, int stage, scan_plan *plan) {
   return used;
 }
 
-/* Lays out shared memory for resident pairs; its bytes, or 0 where they cannot be. */
-int64_t lay_out_resident(const scan_sizes &sizes, scan_plan *plan) {
-  const int64_t pairs = sizes.L + sizes.C, rows = (pairs + 15) / 16 * 16, panels = (sizes.F + 63) / 64;
-  if (sizes.dtype == LOLA_FLOAT32 || sizes.score != LOLA_SCORE_SELF_RECALL || sizes.L == 0 || panels > 2 ||
-      rows > RESIDENT_PAIRS)
-    return 0;
+/* How clusters of scan_wgmma.cuh would walk the units; with 0 `groups` where they cannot. */
+lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limits, wgmma_scan::cluster_plan *plan,
+                              lola_message *message) {
+  using namespace wgmma_scan;
+  *plan = {};
+  const int64_t panels = (sizes.F + 63) / 64, slots = (sizes.L + TILE - 1) / TILE * TILE,
+                newcomers = (sizes.C + TILE - 1) / TILE * TILE, rows = slots + newcomers;
+  const int64_t column_blocks = (sizes.Dv + wgmma_scan::COLUMNS - 1) / wgmma_scan::COLUMNS,
+                blocks = sizes.rs * column_blocks;
+  if (!limits.wgmma || sizes.dtype == LOLA_FLOAT32 || sizes.score != LOLA_SCORE_SELF_RECALL || !sizes.L || panels > 2 ||
+      rows > ROWS_MOST || blocks > BLOCKS_MOST)
+    return LOLA_OK;
   plan->panels = static_cast<int>(panels);
+  plan->slots = static_cast<int>(slots);
+  plan->newcomers = static_cast<int>(newcomers);
   plan->rows = static_cast<int>(rows);
-  const int64_t pieces[5] = {panels * rows * 128, rows * COLUMNS * 2, HALF_ROWS * panels * 128, panels * 128,
-                             resident_list_bytes(sizes.L, sizes.C)};
-  int *const offsets[5] = {&plan->features, &plan->values, &plan->halves, &plan->zeros, &plan->lists};
-  int64_t used = 0;
-  for (int i = 0; i < 5; i++) {
-    *offsets[i] = static_cast<int>(used);
-    used += (pieces[i] + 127) / 128 * 128;
+  plan->blocks = static_cast<int>(blocks);
+  plan->column_blocks = static_cast<int>(column_blocks);
+  const int64_t pieces[] = {panels * rows * ROW, panels * wgmma_scan::HALF_ROWS * ROW,
+                            newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1), blocks * rows * 4,
+                            table_bytes(rows, newcomers, panels), static_cast<int64_t>(sizeof(cluster_shared))};
+  int first, *const offsets[] = {&first, &plan->halves, &plan->values, &plan->parts, &plan->tables, &plan->shared};
+  for (int i = 0; i < 6; i++) {
+    *offsets[i] = static_cast<int>(plan->shared_bytes);
+    plan->shared_bytes += (pieces[i] + 15) / 16 * 16;
   }
-  return used;
+  if (plan->shared_bytes > limits.shared) return LOLA_OK;
+  int clusters;
+  lola_status status = look_up_occupancy({wgmma_scan::kernel_of(sizes.dtype, plan->panels, false),
+                                          wgmma_scan::kernel_of(sizes.dtype, plan->panels, true)},
+                                         limits.device, wgmma_scan::THREADS, plan->blocks, plan->shared_bytes,
+                                         limits.shared, &clusters, message);
+  if (status) return status;
+  plan->groups = static_cast<int>(clusters < sizes.B * sizes.S ? clusters : sizes.B * sizes.S);
+  return LOLA_OK;
 }
 
-lola_status make_plan(const scan_sizes &sizes, scan_plan *plan, lola_message *message) {
-  device_limits limits;
-  lola_status status = look_up_device(&limits, message);
-  if (status) return status;
+lola_status make_plan(const scan_sizes &sizes, const device_limits &limits, scan_plan *plan, lola_message *message) {
   *plan = scan_plan{};
   plan->column_blocks = static_cast<int>((sizes.Dv + COLUMNS - 1) / COLUMNS);
   plan->pairs = static_cast<int>((sizes.L + sizes.C + 3) / 4 * 4);
   plan->list_bytes = (list_bytes_of(sizes.L, sizes.C) + 127) / 128 * 128;
-  int64_t most = limits.shared - static_cast<int64_t>((sizeof(block_shared) + 127) / 128 * 128);
+  const int64_t most =
+      limits.shared - static_cast<int64_t>((sizeof(block_shared) + sizeof(select_shared) + 127) / 128 * 128) - 1024;
   /* Long stages and lists in shared memory where they fit: what gives way first costs least. */
-  plan->shared_bytes = lay_out_resident(sizes, plan);
-  plan->lists_shared = 1;
-  bool fits = plan->shared_bytes && plan->shared_bytes <= most;
-  if (!fits) {
-    plan->panels = 0;
-    most -= static_cast<int64_t>(sizeof(select_shared)) + 1024;
-  }
+  bool fits = false;
   for (int lists_shared = 1; lists_shared >= 0 && !fits; lists_shared--)
     for (int stage = 64; stage >= 16 && !fits; stage /= 4) {
       const int64_t bytes = lay_out_shared(sizes, stage, plan) + (lists_shared ? plan->list_bytes : 0);
@@ -1103,8 +1236,8 @@ lola_status make_plan(const scan_sizes &sizes, scan_plan *plan, lola_message *me
                      "feature_dim %lld is too large for this device: its state must fit in %d bytes of shared memory",
                      static_cast<long long>(sizes.F), limits.shared);
   int per_processor;
-  status =
-      look_up_occupancy(limits.device, sizes.dtype, plan->panels, plan->shared_bytes, most, &per_processor, message);
+  lola_status status = look_up_occupancy({kernel_of(sizes.dtype, false), kernel_of(sizes.dtype, true)}, limits.device,
+                                         THREADS, 0, plan->shared_bytes, most, &per_processor, message);
   if (status) return status;
   const int64_t capacity = static_cast<int64_t>(limits.processors) * per_processor;
   const int64_t group_blocks = sizes.rs * plan->column_blocks;
@@ -1139,9 +1272,13 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
   const scan_sizes sizes = {shape.batch,         cache->sets,       shape.heads / cache->sets,
                             shape.value_dim,     shape.feature_dim, cache->config.sparse,
                             cache->config.chunk, shape.dtype,       cache->config.score};
+  device_limits limits;
+  wgmma_scan::cluster_plan clusters;
   scan_plan plan;
   lola_message ignored; /* the first call says it */
-  return make_plan(sizes, &plan, &ignored) ? 0 : exchange_bytes(plan);
+  if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored) || clusters.groups)
+    return 0;
+  return make_plan(sizes, limits, &plan, &ignored) ? 0 : exchange_bytes(plan);
 }
 
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message) {
@@ -1151,17 +1288,26 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
     return lola_fail(message, LOLA_VALUE_ERROR,
                      "score 'attention' runs on the CPU only: use a cache with device='cpu', or another score");
   const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
+  device_limits limits;
+  wgmma_scan::cluster_plan clusters;
+  lola_status status = look_up_device(&limits, message);
+  if (!status) status = make_cluster_plan(sizes, limits, &clusters, message);
+  if (status) return status;
+  const bool vector = g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && rows_aligned(g.v);
+  if (clusters.groups) {
+    clusters.vector_recalled = g.Dv % 4 == 0;
+    return lola_cuda_status(wgmma_scan::launch(g, clusters, record, vector, stream), "scan", message);
+  }
   scan_plan plan;
-  lola_status status = make_plan(sizes, &plan, message);
+  status = make_plan(sizes, limits, &plan, message);
   if (status) return status;
   if (exchange_bytes(plan) > g.exchange_bytes)
     return lola_fail(message, LOLA_DEVICE_ERROR, "the cache's workspace was made for another device");
-  const bool vector = g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && rows_aligned(g.v);
   plan.identity = LOLA_IDENTITY;
   plan.vector_recalled = g.Dv % 4 == 0;
   void *arguments[] = {const_cast<lola_device_segment *>(segment), &plan, &record};
   const int blocks = plan.groups * plan.group_blocks;
-  const void *kernel = kernel_of(g.dtype, plan.panels, vector);
+  const void *kernel = kernel_of(g.dtype, vector);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeCooperative;
   attributes[0].val.cooperative = 1;
