@@ -182,15 +182,20 @@ def stub(monkeypatch):
         def pinned_copy_seconds(self, to_device, to_host):
             return lambda: 1e-3
 
+    def held():
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    before = held()
+
     class Tensors:
-        """What all tensors hold at the end."""
+        """What all tensors hold at the end, beside those of other tests."""
 
         def __enter__(self):
             return self
 
         def __exit__(self, *error):
-            tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-            self.peak = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+            self.peak = held() - before
 
     small = SMALL.but(dtype="bfloat16")
     whole = gpu_sections.Llama(2, 32, 48, 97, 128, 2e6, 2.0**30, (64, 8), few=3, rounds=3)
