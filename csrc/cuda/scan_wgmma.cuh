@@ -475,10 +475,13 @@ __device__ __forceinline__ void write_parts(const cluster_plan &plan, const bloc
     float part = __any_sync(ALL, tiny) ? error(tiny ? 0x1p64f : 1.0f) : error(1.0f);
     part += __shfl_xor_sync(ALL, part, 1);
     part += __shfl_xor_sync(ALL, part, 2);
-    const uint32_t at = shared_address(wgmma_memory) + plan.parts +
-                        (block.rank * plan.rows + tile_row(first_row) + 8 * half) * 4;
+    const int at = plan.parts + (block.rank * plan.rows + tile_row(first_row) + 8 * half) * 4;
+    if (plan.blocks == 1) {
+      if (c == 0) word_at(at) = __float_as_uint(part);
+      continue;
+    }
 #pragma unroll 1
-    for (int rank = c; rank < plan.blocks; rank += 4) send(at, full, rank, part);
+    for (int rank = c; rank < plan.blocks; rank += 4) send(shared_address(wgmma_memory) + at, full, rank, part);
   }
 }
 
@@ -491,7 +494,7 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
   const auto first_row = [&](int tile) {
     return tile < slot_tiles ? tile * TILE : plan.slots + (tile - slot_tiles) * TILE;
   };
-  if (own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
+  if (plan.blocks > 1 && own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
   int tile = own_warpgroup();
   bool met = false;
   row_values next = {};
@@ -734,7 +737,7 @@ __device__ __forceinline__ int select_pairs(const lola_device_segment &g, const 
     }
     t.score[row] = __uint_as_float(key);
   }
-  tell_cluster(shared_address(&shared.read), plan.blocks);
+  if (plan.blocks > 1) tell_cluster(shared_address(&shared.read), plan.blocks);
   low = __reduce_min_sync(ALL, low);
   high = __reduce_max_sync(ALL, high);
   if (lane == 0) {
@@ -1098,9 +1101,13 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     const chunk_work work = work_of(g, unit, progress, chunk);
     const int count = progress.count, drops = count + static_cast<int>(g.C) - g.L;
     if (work.selects) {
-      if (*rounds) barrier_wait(read, *rounds - 1 & 1);
+      /* A block that has no others in its cluster needs no barriers of the cluster. */
+      if (plan.blocks > 1 && *rounds) barrier_wait(read, *rounds - 1 & 1);
       score_pairs<T>(g, plan, block, t, count, full);
-      barrier_wait(full, *rounds & 1);
+      if (plan.blocks > 1)
+        barrier_wait(full, *rounds & 1);
+      else
+        walkers_sync();
       ++*rounds;
       const int freed = select_pairs(g, plan, shared, t, count, drops);
       named_barrier_sync(HALVES, THREADS);
