@@ -661,9 +661,9 @@ def count_memory(
 ) -> tuple[int, int]:  # fmt: skip
     """Bytes of a model's bfloat16 weights, and the peak of one training step with them: forward, backward and AdamW.
 
-    On CUDA the step is run on random weights and torch.cuda.max_memory_allocated read. Elsewhere nothing is computed or
-    allocated: the same code runs on fake tensors, and what its operators return is counted; what the kernels of a GPU need
-    within themselves comes on top.
+    On CUDA the step is run on random weights and torch.cuda.max_memory_allocated read, less what was allocated before. Elsewhere
+    nothing is computed or allocated: the same code runs on fake tensors, and what its operators return is counted; what the
+    kernels of a GPU need within themselves comes on top.
 
     Args:
         model_config: Of transformers; default: that of Llama 3.1 8B.
@@ -693,6 +693,7 @@ def count_memory(
     given = {"rows_at_once": None, "segment": segment, "precision": "bf16", "seed": 0, "rates": None, **options}
     fake = contextlib.nullcontext() if device.type == "cuda" else FakeTensorMode()
     seen = contextlib.nullcontext() if device.type == "cuda" else Allocations()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     with fake, seen, torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
         weights = sum(x.numel() * x.element_size() for x in model.parameters())
@@ -711,7 +712,7 @@ def count_memory(
             optimizer = torch.optim.AdamW(trained, fused=True)
             run.loss(0, torch.zeros(rows, length + 1, dtype=torch.long))
             optimizer.step()
-    return weights, peak_memory(device) if device.type == "cuda" else seen.peak
+    return weights, peak_memory(device) - before if device.type == "cuda" else seen.peak
 
 
 # --- the command --------------------------------------------------------------------------------------------------------------------

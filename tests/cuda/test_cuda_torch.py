@@ -143,7 +143,8 @@ def test_logits_are_the_cpus(family, layers):
         for t in range(8):
             mask_now = torch.cat([mask, torch.ones(3, t + 1, dtype=mask.dtype)], 1)
             at = (mask_now.cumsum(1) - 1)[:, -1:]
-            step = model(ids[:, t : t + 1].to(device) + 2, past_key_values=out.past_key_values, attention_mask=mask_now.to(device), position_ids=at.to(device))
+            options = dict(attention_mask=mask_now.to(device), position_ids=at.to(device))
+            step = model(ids[:, t : t + 1].to(device) + 2, past_key_values=out.past_key_values, **options)
             logits[-1].append(step.logits[:, 0].cpu())
     for here, there in zip(*logits):
         assert hf.difference(here, there) < 1e-4 * max(1, here.abs().max().item())
@@ -289,9 +290,9 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
 @only_on_cuda
 @pytest.mark.parametrize("stage", ["transfer", "finetune"])
 def test_counted_memory_is_measured_memory(stage):
-    """The step that is counted without being computed, beside what the device had in use."""
+    """The step that is counted without being computed, beside what the device had in use: more by what its kernels need."""
     shape = distill.shape_8b()
-    shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size, shape.vocab_size = 2, 1024, 2048, 4096
-    shape.num_attention_heads, shape.num_key_value_heads = 8, 2
-    counted, measured = (distill.count_memory(shape, stage, length=2048, device=device) for device in ("cpu", DEVICE))
-    assert counted[0] == measured[0] and 0.9 < measured[1] / counted[1] < 1.5
+    shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size, shape.vocab_size = 2, 2048, 4096, 8192
+    shape.num_attention_heads, shape.num_key_value_heads = 16, 4
+    counted, measured = (distill.count_memory(shape, stage, length=2048, rows=4, device=device) for device in ("cpu", DEVICE))
+    assert counted[0] == measured[0] and 0.8 < measured[1] / counted[1] < 2
