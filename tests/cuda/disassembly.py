@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 MATRIX = {
     r"attend_wgmma_kernel<.*>": "HGMMA",
     r"attend_mma_kernel<.*>": "HMMA",
-    r"scan_wgmma_kernel<.*>": "HGMMA",
+    r"wgmma_scan::scan_wgmma_kernel<.*>": "HGMMA",
     r"scan_kernel<cache_kind<(bf16|fp16), .*>>": "HMMA",
     r"tensor_kernel<.*>": "HMMA",
     r"decode_kernel<(bf16|fp16), [01]>": "HMMA",
@@ -47,7 +47,7 @@ LOCAL = {
     r"attend_mma_kernel<.*, 128, 1, 64, 3>": (32, 4),
     r"attend_mma_kernel<.*, 128, 2, 64, 2>": (64, 14),
     # Once a chunk.
-    r"scan_wgmma_kernel<.*>": (112, 0),
+    r"wgmma_scan::scan_wgmma_kernel<.*>": (112, 0),
     # For pairs that do not fit in shared memory.
     r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
     r"scan_kernel<cache_kind<(bf16|fp16), true>>": (88, 0),
