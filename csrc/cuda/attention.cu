@@ -4,6 +4,7 @@
  * call's arrays, and a kernel works out what of it enters which row. Scratch of a call comes from the stream's pool.
  * Decoding keeps what it needs in the cache's workspace; only an update, which needs features of all its pairs for a
  * moment, takes more from the pool. */
+#include "chain.cuh"
 #include "device.cuh"
 #include "plan.cuh"
 #include "steps.cuh"
@@ -12,13 +13,15 @@ namespace {
 
 constexpr int THREADS = 256;
 /* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
-constexpr int64_t SEGMENT_TOKENS = 4096;
+constexpr int64_t SEGMENT_TOKENS = 8192;
 
 /* --- the plan ------------------------------------------------------------------------------------------------------ */
 
 /* The spans of offsets first .. first+count-1 of the call. */
 __global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
                             int64_t first, int64_t count) {
+  lola_device_await_previous();
+  lola_device_start_next();
   int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row < g.B) g.spans[row] = span_of(g, rows, row, first, count);
 }
@@ -151,8 +154,13 @@ lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
 
 lola_status queue_plan(const lola_device_segment &g, const call_rows &rows, int64_t first, int64_t count,
                        cudaStream_t stream, lola_message *message) {
-  plan_kernel<<<blocks_for(g.B), THREADS, 0, stream>>>(g, rows, first, count);
-  return lola_cuda_launched("plan", message);
+  unsigned blocks = static_cast<unsigned>(blocks_for(g.B));
+  cudaError_t error = cudaSuccess;
+  if (first)
+    error = lola_cuda_launch_chained(plan_kernel, blocks, THREADS, 0, stream, g, rows, first, count);
+  else /* whatever is before it in the stream, the ordinary way waits for all of it */
+    plan_kernel<<<blocks, THREADS, 0, stream>>>(g, rows, first, count);
+  return lola_cuda_launched(error, "plan", message);
 }
 
 lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows &rows, const lola_cuda_call *call,

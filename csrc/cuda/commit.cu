@@ -3,30 +3,33 @@
  * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
  * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
- * Both give each row a few blocks whose warps share its work; a row without work costs a block one look at its span.
+ * Both give each row a few blocks whose teams share its work; a row without work costs a block one look at its span.
  * Both are launched chained, and let the next kernel start at once: decoding waits for them where it matters. */
 #include "chain.cuh"
 #include "segment.cuh"
 
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int THREADS = 256;
+/* A team of lanes copies pairs one after the other, those of a few slots. */
+constexpr int TEAM = 16, TEAMS = THREADS / TEAM, TEAM_SLOTS = 2;
 /* Blocks of all rows together, at most, as long as each row has one: few enough to run at once, since most steps of
  * decoding have no work for them. */
 constexpr int64_t MOST_BLOCKS = 512;
-constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
   return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
 }
 
-/* A key and a value by one warp, in pieces of U; both are read before either is written. */
+__host__ __device__ __forceinline__ int64_t runs_of(int64_t slots) { return (slots + TEAM_SLOTS - 1) / TEAM_SLOTS; }
+
+/* A key and a value by one team, in pieces of U; both are read before either is written. */
 template <typename U>
 __device__ __forceinline__ void copy_pair_as(char *to_key, const char *key, int64_t key_bytes, char *to_value,
                                              const char *value, int64_t value_bytes) {
   const int64_t keys = key_bytes / static_cast<int64_t>(sizeof(U)),
                 values = value_bytes / static_cast<int64_t>(sizeof(U));
-  for (int64_t i = threadIdx.x % 32; i < keys || i < values; i += 32) {
+  for (int64_t i = threadIdx.x % TEAM; i < keys || i < values; i += TEAM) {
     U k = {}, v = {};
     if (i < keys) k = reinterpret_cast<const U *>(key)[i];
     if (i < values) v = reinterpret_cast<const U *>(value)[i];
@@ -46,12 +49,11 @@ __device__ __forceinline__ void copy_pair(char *to_key, const char *key, int64_t
     copy_pair_as<uint16_t>(to_key, key, key_bytes, to_value, value, value_bytes);
 }
 
-/* A row of features by one warp, from `type` to `to_type`. */
+/* A row of features by one team, from `type` to `to_type`. */
 __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, const char *from, lola_dtype type, int F) {
-  for (int f = threadIdx.x % 32; f < F; f += 32) lola_device_store(to, f, to_type, lola_device_load(from, f, type));
+  for (int f = threadIdx.x % TEAM; f < F; f += TEAM) lola_device_store(to, f, to_type, lola_device_load(from, f, type));
 }
 
-/* A warp looks at 32 slots at a time. */
 __global__ void __launch_bounds__(THREADS, 4)
     commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
   lola_device_start_next();
@@ -59,28 +61,28 @@ __global__ void __launch_bounds__(THREADS, 4)
   lola_device_await_previous();
   const lola_device_span span = g.spans[row];
   if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
-  const int lane = threadIdx.x % 32;
+  const int member = threadIdx.x % TEAM;
+  const unsigned team = 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
-  const int64_t runs = (g.L + INT64_C(31)) / 32;
+  const int64_t runs = runs_of(g.L);
   const lola_dtype type = feature_type(g);
-  for (int64_t i = blockIdx.x % blocks_per_row * WARPS + threadIdx.x / 32; i < runs * g.S;
-       i += static_cast<int64_t>(blocks_per_row) * WARPS) {
+  for (int64_t i = blockIdx.x % blocks_per_row * TEAMS + threadIdx.x / TEAM; i < runs * g.S;
+       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
     const int set = static_cast<int>(i / runs);
-    const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * 32;
+    const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * TEAM_SLOTS;
     const int64_t count = g.sparse_count[group];
-    const int code = first + lane < count ? g.slot_source[group * g.L + first + lane] : -1;
-    unsigned entered = __ballot_sync(ALL, code >= 0);
-    while (entered) {
-      const int from = __ffs(static_cast<int>(entered)) - 1;
-      entered &= entered - 1;
-      const int source = __shfl_sync(ALL, code, from);
-      const int64_t slot = group * g.L + first + from;
+    const int code = member < TEAM_SLOTS && first + member < count ? g.slot_source[group * g.L + first + member] : -1;
+#pragma unroll 1
+    for (int j = 0; j < TEAM_SLOTS; j++) {
+      const int source = __shfl_sync(team, code, j, TEAM);
+      if (source < 0) continue;
+      const int64_t slot = group * g.L + first + j;
       copy_pair(static_cast<char *>(g.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
                 key_bytes, static_cast<char *>(g.sparse_values) + slot * value_bytes,
                 lola_device_value(g, span, row, set, source), value_bytes);
       for (int h = set * g.rs; g.stores_features && h < (set + 1) * g.rs; h++) {
         const int64_t head = static_cast<int64_t>(row) * g.Hq + h, bytes = g.F * lola_device_item(type);
-        char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + from) * bytes;
+        char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + j) * bytes;
         if (source < g.R)
           copy_features(to, type,
                         static_cast<const char *>(g.window_features) +
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-/* A warp writes one token of one KV head at a time. */
+/* A team writes one token of one KV head at a time. */
 __global__ void __launch_bounds__(THREADS, 4)
     commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
   lola_device_start_next();
@@ -102,12 +104,12 @@ __global__ void __launch_bounds__(THREADS, 4)
   lola_device_await_previous();
   const lola_device_span span = g.spans[row];
   if (span.tokens == 0) return;
-  const int lane = threadIdx.x % 32, sets = g.S / g.Hkv;
+  const int member = threadIdx.x % TEAM, sets = g.S / g.Hkv;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
   const int64_t begin = span.tokens > g.R ? span.tokens - g.R : 0;
   const lola_dtype type = feature_type(g);
-  for (int64_t i = static_cast<int64_t>(part) * WARPS + threadIdx.x / 32; i < (span.tokens - begin) * g.Hkv;
-       i += static_cast<int64_t>(blocks_per_row) * WARPS) {
+  for (int64_t i = static_cast<int64_t>(part) * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
+       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
     const int kv_head = static_cast<int>(i % g.Hkv);
     const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
     const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(THREADS, 4)
               lola_device_at(g.k, span.batch, span.first + t, kv_head), key_bytes,
               static_cast<char *>(g.window_values) + at * value_bytes,
               lola_device_at(g.v, span.batch, span.first + t, kv_head), value_bytes);
-    for (int s = lane; g.scores.data && s < sets; s += 32) {
+    for (int s = member; g.scores.data && s < sets; s += TEAM) {
       const int64_t set = static_cast<int64_t>(kv_head) * sets + s;
       float sum = 0;
       for (int64_t h = set * g.rs; h < (set + 1) * g.rs; h++)
@@ -134,18 +136,11 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-/* Blocks per row for work that keeps `warps` warps of it busy. */
-int blocks_for(int64_t warps, int B) {
-  int64_t blocks = (warps + WARPS - 1) / WARPS, most = MOST_BLOCKS / B;
+/* Blocks per row for work that keeps so many teams of it busy. */
+int blocks_for(int64_t teams, int B) {
+  int64_t blocks = (teams + TEAMS - 1) / TEAMS, most = MOST_BLOCKS / B;
   if (blocks > most) blocks = most;
   return blocks < 1 ? 1 : static_cast<int>(blocks);
-}
-
-lola_status launched(cudaError_t error, const char *kernel, lola_message *message) {
-  if (error == cudaSuccess) return lola_cuda_launched(kernel, message);
-  cudaGetLastError();
-  return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel %s could not be launched: %s", kernel,
-                   cudaGetErrorString(error));
 }
 
 lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
@@ -157,12 +152,12 @@ lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
 
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
   if (!segment->B || !segment->L) return LOLA_OK;
-  const int blocks = blocks_for((segment->L + INT64_C(31)) / 32 * segment->S, segment->B);
+  const int blocks = blocks_for(runs_of(segment->L) * segment->S, segment->B);
   lola_status status = check_batch(segment->B, blocks, message);
   if (status) return status;
-  return launched(lola_cuda_launch_chained(commit_sparse_kernel, static_cast<unsigned>(segment->B * blocks), THREADS, 0,
-                                           stream, *segment, blocks),
-                  "commit_sparse", message);
+  return lola_cuda_launched(lola_cuda_launch_chained(commit_sparse_kernel, static_cast<unsigned>(segment->B * blocks),
+                                                     THREADS, 0, stream, *segment, blocks),
+                            "commit_sparse", message);
 }
 
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
@@ -171,7 +166,7 @@ lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStre
   const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
   lola_status status = check_batch(segment->B, blocks, message);
   if (status) return status;
-  return launched(lola_cuda_launch_chained(commit_window_kernel, static_cast<unsigned>(segment->B * blocks), THREADS, 0,
-                                           stream, *segment, blocks),
-                  "commit_window", message);
+  return lola_cuda_launched(lola_cuda_launch_chained(commit_window_kernel, static_cast<unsigned>(segment->B * blocks),
+                                                     THREADS, 0, stream, *segment, blocks),
+                            "commit_window", message);
 }

@@ -17,27 +17,27 @@
 namespace {
 
 constexpr float FEATURE_FLOOR = 1e-12f;
-constexpr int TENSOR_WARPS = 8, TENSOR_THREADS = 32 * TENSOR_WARPS, TENSOR_ROWS = 16 * TENSOR_WARPS,
-              PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8;
-constexpr int RESERVED_SHARED = 8192; /* for static shared memory */
-constexpr int KNOWN_ROWS = 512;       /* cache rows whose need is looked up once per block */
+constexpr int TENSOR_THREADS = 256, PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8; /* at most */
+constexpr int RESERVED_SHARED = 8192;                                                /* for static shared memory */
+constexpr int KNOWN_ROWS = 512; /* cache rows whose need is looked up once per block */
 
 enum source_kind { SLOTS, RING, KEYS, QUERIES, ARRAY };
 
-/* Tiles of one launch, in the order [head][source][cache row][rows]. */
+/* Tiles of one launch, in the order [head][source][cache row][rows]; queries, which have weights of their own, last. */
 struct feature_job {
   lola_device_segment g; /* of the plain step: D, F, Hq, map */
   lola_array x;          /* the plain step's array */
   int64_t T, rows;
   int per_head; /* query heads per head of x */
   float *out;
-  int side_key, round;      /* which weights; rounding to bfloat16 */
-  lola_dtype target;        /* what is stored: bfloat16 or float32 */
-  int sources[3], count;    /* kinds */
-  int64_t row_tiles[3];     /* tiles per cache row (SLOTS, RING) or in all */
-  int64_t tiles, per_tile;  /* in all for one head; rows per tile */
-  int vector_x, vector_out; /* 16-byte loads and stores are possible */
-  int stages;               /* tiles of x in shared memory on the matrix units */
+  int side_key, round;                /* which weights ARRAY takes; rounding to bfloat16 */
+  lola_dtype target;                  /* what is stored: bfloat16 or float32 */
+  int sources[4], count;              /* kinds */
+  int64_t row_tiles[4];               /* tiles per cache row (SLOTS, RING) or in all */
+  int64_t tiles, per_tile;            /* in all for one head; rows per tile */
+  int64_t query_tiles;                /* how many of one head's are queries */
+  int projection;                     /* columns of xW, 0 without weights */
+  int vector_q, vector_x, vector_out; /* 16-byte loads of queries and of all else, and stores, are possible */
 };
 
 struct feature_tile {
@@ -45,10 +45,9 @@ struct feature_tile {
   int64_t first; /* row of the source */
 };
 
-struct tile_shared {
-  const char *from[TENSOR_ROWS];
-  char *to[TENSOR_ROWS];
-};
+__host__ __device__ bool takes_key_weights(const feature_job &job, int kind) {
+  return kind == ARRAY ? job.side_key : kind != QUERIES;
+}
 
 __device__ feature_tile tile_at(const feature_job &job, int64_t index) {
   feature_tile tile;
@@ -152,22 +151,6 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   return true;
 }
 
-/* Fills the tile's table; returns whether any row is needed. Every thread of the block calls it. */
-__device__ bool resolve_tile(const feature_job &job, const feature_tile &tile, int *hint, tile_shared *shared,
-                             lola_dtype *dtype) {
-  const int i = threadIdx.x;
-  bool needed = false;
-  if (i < job.per_tile) {
-    const char *from = nullptr;
-    char *to = nullptr;
-    lola_dtype own = *dtype;
-    needed = resolve(job, tile, i, hint, &from, &to, &own);
-    shared->from[i] = needed ? from : nullptr;
-    shared->to[i] = to;
-  }
-  return __syncthreads_or(needed);
-}
-
 /* Looks up once which cache rows need features (the first KNOWN_ROWS of them); false when no tile has work. */
 __device__ bool look_up_rows(const feature_job &job, uint8_t *folds) {
   bool by_row = false, any = false;
@@ -200,78 +183,96 @@ __device__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/* 8 neighbouring features. */
-__device__ void store_chunk(const feature_job &job, char *to, int column, const float *y) {
-  if (job.target == LOLA_BFLOAT16) {
-    *reinterpret_cast<uint4 *>(to + static_cast<int64_t>(column) * 2) =
-        make_uint4(lola_round_pair(y[0], y[1]), lola_round_pair(y[2], y[3]), lola_round_pair(y[4], y[5]),
-                   lola_round_pair(y[6], y[7]));
-    return;
-  }
-  float *out = reinterpret_cast<float *>(to) + column;
-  float z[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) z[i] = __bfloat162float(__float2bfloat16_rn(y[i]));
-  if (job.vector_out) {
-    reinterpret_cast<float4 *>(out)[0] = make_float4(z[0], z[1], z[2], z[3]);
-    reinterpret_cast<float4 *>(out)[1] = make_float4(z[4], z[5], z[6], z[7]);
+/* 8 neighbouring features, rounded to bfloat16. */
+template <typename Out>
+__device__ __forceinline__ void store_chunk(const feature_job &job, char *to, int column, const unsigned (&y)[4]) {
+  if constexpr (sizeof(Out) == 2) {
+    *reinterpret_cast<uint4 *>(to + static_cast<int64_t>(column) * 2) = make_uint4(y[0], y[1], y[2], y[3]);
   } else {
+    float2 z[4];
 #pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = z[i];
+    for (int i = 0; i < 4; i++) z[i] = lola_widen<__nv_bfloat16>(y[i]);
+    float *out = reinterpret_cast<float *>(to) + column;
+    if (job.vector_out) {
+      reinterpret_cast<float4 *>(out)[0] = make_float4(z[0].x, z[0].y, z[1].x, z[1].y);
+      reinterpret_cast<float4 *>(out)[1] = make_float4(z[2].x, z[2].y, z[3].x, z[3].y);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      out[2 * i] = z[i].x;
+      out[2 * i + 1] = z[i].y;
+    }
   }
+}
+
+/* Two features, clamped and rounded; in this order, which gives the same as the other for less. */
+__device__ __forceinline__ unsigned finish_pair(float x, float y) {
+  const __nv_bfloat162 floor = __float2bfloat162_rn(FEATURE_FLOOR);
+  const __nv_bfloat162 pair = __hmax2(__floats2bfloat162_rn(x, y), floor);
+  return lola_pack(pair.x, pair.y);
 }
 
 /* A head's weights (D, M) transposed into two halves of padded columns. */
 template <int COLUMNS>
 __device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloat16 *hi, __nv_bfloat16 *lo) {
-#pragma unroll 8
-  for (int i = threadIdx.x; i < COLUMNS * (pitch / 2); i += TENSOR_THREADS) {
-    int m = i % COLUMNS, k = i / COLUMNS * 2;
-    float x = m < M && k < D ? __ldg(w + static_cast<int64_t>(k) * M + m) : 0;
-    float y = m < M && k + 1 < D ? __ldg(w + static_cast<int64_t>(k + 1) * M + m) : 0;
-    unsigned h, l;
-    lola_split_pair(x, y, &h, &l);
-    int at = lola_swizzled(lola_column_row(m), k, pitch);
-    *reinterpret_cast<unsigned *>(hi + at) = h;
-    *reinterpret_cast<unsigned *>(lo + at) = l;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < COLUMNS * (pitch / 8); i += blockDim.x) {
+    const int m = i % COLUMNS, k = i / COLUMNS * 8;
+    const float *from = w + static_cast<int64_t>(k) * M + m;
+    float x[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = m < M && k < D ? __ldg(from + static_cast<int64_t>(j) * M) : 0;
+    unsigned h[4], l[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) lola_split_pair(x[2 * j], x[2 * j + 1], &h[j], &l[j]);
+    const int at = lola_swizzled(lola_column_row(m), k, pitch);
+    *reinterpret_cast<uint4 *>(hi + at) = make_uint4(h[0], h[1], h[2], h[3]);
+    *reinterpret_cast<uint4 *>(lo + at) = make_uint4(l[0], l[1], l[2], l[3]);
   }
 }
 
-/* Begins to read the warp's 16 rows of a tile into (16, pitch) swizzled; rows that nothing needs are zero. */
-__device__ void fetch_rows(const feature_job &job, const tile_shared &table, int pitch, __nv_bfloat16 *x) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+/* Begins to read a warp's rows, of which each lane knows one, into (ROWS, pitch) swizzled; what lies where there is no
+ * row is left alone. */
+template <int ROWS>
+__device__ __forceinline__ void fetch_rows(const char *own, int D, bool vector, int pitch, __nv_bfloat16 *x) {
+  const int lane = threadIdx.x % 32;
+  const auto row_from = [&](int row) {
+    return reinterpret_cast<const char *>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(own), row));
+  };
+  if (!vector) {
+#pragma unroll 1
+    for (int row = 0; row < ROWS; row++) {
+      const uint16_t *from = reinterpret_cast<const uint16_t *>(row_from(row));
+      for (int k = lane; from && k < D; k += 32)
+        reinterpret_cast<uint16_t *>(x)[lola_swizzled(row, k, pitch)] = from[k];
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int first = 0; first < D; first += 128) {
+    const int k = first + lane % 16 * 8;
 #pragma unroll
-  for (int i = 0; i < 16; i += 2) {
-    const int row = i + lane / 16;
-    const char *from = table.from[16 * warp + row];
-    for (int k = lane % 16 * 8; k < job.g.D; k += 128) {
-      __nv_bfloat16 *to = x + lola_swizzled(row, k, pitch);
-      if (from && job.vector_x) {
-        lola_copy_async(to, from + static_cast<int64_t>(k) * 2);
-        continue;
-      }
-      unsigned pairs[4] = {0, 0, 0, 0};
-      const uint16_t *e = reinterpret_cast<const uint16_t *>(from) + k;
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (from) pairs[j] = e[2 * j] | static_cast<unsigned>(e[2 * j + 1]) << 16;
-      *reinterpret_cast<uint4 *>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    for (int i = 0; i < ROWS; i += 2) {
+      const char *from = row_from(i + lane / 16);
+      if (from && k < D)
+        lola_copy_async(x + lola_swizzled(i + lane / 16, k, pitch), from + static_cast<int64_t>(k) * 2);
     }
   }
 }
 
 /* phi of one row whose projection lies in `acc`, 32 columns to each 4 products; `half` picks the fragment's rows. */
-template <int PRODUCTS>
-__device__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][4], const int half, int M, int c,
-                           char *to) {
-  float y[8];
+template <typename Out, int PRODUCTS>
+__device__ __forceinline__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][4], const int half,
+                                           int M, int c, char *to) {
+  unsigned y[4];
   if (job.g.map.kind == LOLA_MAP_RELU) {
 #pragma unroll
     for (int q = 0; q < PRODUCTS / 4; q++) {
-      int column = 32 * q + 8 * c;
+      const int column = 32 * q + 8 * c;
 #pragma unroll
-      for (int i = 0; i < 8; i++) y[i] = fmaxf(acc[4 * q + i / 2][2 * half + i % 2], FEATURE_FLOOR);
-      if (to && column < M) store_chunk(job, to, column, y);
+      for (int i = 0; i < 4; i++) y[i] = finish_pair(acc[4 * q + i][2 * half], acc[4 * q + i][2 * half + 1]);
+      if (to && column < M) store_chunk<Out>(job, to, column, y);
     }
     return;
   }
@@ -287,52 +288,53 @@ __device__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][
 #pragma unroll
   for (int sign = 0; sign < 2; sign++) {
     constexpr float LOG2E = 1.44269504f;
-    const float factor = sign ? -LOG2E : LOG2E;
+    const float factor = sign ? -LOG2E : LOG2E, base = __fmul_rn(shift[sign], factor);
     float e[PRODUCTS * 2], sum = 0;
 #pragma unroll
     for (int n = 0; n < PRODUCTS; n++) {
-      float both = 0;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        e[2 * n + i] = lola_power_of_two((acc[n][2 * half + i] - shift[sign]) * factor);
-        both += e[2 * n + i];
-      }
-      if (32 * (n / 4) + 8 * c < M) sum += both;
+      for (int i = 0; i < 2; i++) e[2 * n + i] = lola_power_of_two(fmaf(acc[n][2 * half + i], factor, -base));
+      if (32 * (n / 4) + 8 * c < M) sum += e[2 * n] + e[2 * n + 1];
     }
     sum = quad_sum(sum);
     const float scale = job.g.map.kind == LOLA_MAP_HEDGEHOG ? lola_reciprocal(sum) : 1;
 #pragma unroll
     for (int q = 0; q < PRODUCTS / 4; q++) {
-      int column = 32 * q + 8 * c;
+      const int column = 32 * q + 8 * c;
 #pragma unroll
-      for (int i = 0; i < 8; i++) y[i] = fmaxf(e[8 * q + i] * scale, FEATURE_FLOOR);
-      if (to && column < M) store_chunk(job, to, sign * M + column, y);
+      for (int i = 0; i < 4; i++) y[i] = finish_pair(e[8 * q + 2 * i] * scale, e[8 * q + 2 * i + 1] * scale);
+      if (to && column < M) store_chunk<Out>(job, to, sign * M + column, y);
     }
   }
 }
 
-/* The warp's 16 rows of x times the weights, PRODUCTS * 8 columns at most. */
-template <typename T, int PRODUCTS>
-__device__ void project(const __nv_bfloat16 *x, const __nv_bfloat16 *hi, const __nv_bfloat16 *lo, int D, int M,
-                        int pitch, float (&acc)[PRODUCTS][4]) {
+/* A warp's ROWS of x times the weights, PRODUCTS * 8 columns at most. */
+template <typename T, int ROWS, int PRODUCTS>
+__device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloat16 *hi, const __nv_bfloat16 *lo, int D,
+                                        int M, int pitch, float (&acc)[ROWS / 16][PRODUCTS][4]) {
   constexpr bool HALF = __is_same(T, __half);
   /* Left: matrices (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1); right: (rows 0-7, 0), (0-7, 1), (8-15, 0), ..
    */
   const int lane = threadIdx.x % 32, r = lane % 8, matrix = lane / 8;
   const int left_row = r + (matrix & 1) * 8, right_row = r + (matrix >> 1) * 8;
 #pragma unroll
-  for (int n = 0; n < PRODUCTS; n++)
+  for (int m = 0; m < ROWS / 16; m++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) acc[n][e] = 0;
-#pragma unroll 2
+    for (int n = 0; n < PRODUCTS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[m][n][e] = 0;
+#pragma unroll(HALF ? 1 : 2)
   for (int k = 0; k < D; k += 16) {
-    unsigned a[4], rest[4];
-    lola_load_rows(a, x + lola_swizzled(left_row, k + (matrix >> 1) * 8, pitch));
-    if constexpr (HALF) {
+    unsigned a[ROWS / 16][4], rest[ROWS / 16][4];
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float2 pair = lola_widen<__half>(a[e]);
-        lola_split_pair(pair.x, pair.y, &a[e], &rest[e]);
+    for (int m = 0; m < ROWS / 16; m++) {
+      lola_load_rows(a[m], x + lola_swizzled(16 * m + left_row, k + (matrix >> 1) * 8, pitch));
+      if constexpr (HALF) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float2 pair = lola_widen<__half>(a[m][e]);
+          lola_split_pair(pair.x, pair.y, &a[m][e], &rest[m][e]);
+        }
       }
     }
 #pragma unroll
@@ -343,84 +345,100 @@ __device__ void project(const __nv_bfloat16 *x, const __nv_bfloat16 *hi, const _
       lola_load_rows(high, hi + at);
       lola_load_rows(low, lo + at);
 #pragma unroll
-      for (int two = 0; two < 2; two++) {
-        lola_mma(acc[n + two], a[0], a[1], a[2], a[3], high[2 * two], high[2 * two + 1]);
-        if constexpr (HALF)
-          lola_mma(acc[n + two], rest[0], rest[1], rest[2], rest[3], high[2 * two], high[2 * two + 1]);
-      }
+      for (int m = 0; m < ROWS / 16; m++)
 #pragma unroll
-      for (int two = 0; two < 2; two++) lola_mma(acc[n + two], a[0], a[1], a[2], a[3], low[2 * two], low[2 * two + 1]);
+        for (int two = 0; two < 2; two++) {
+          float(&sum)[4] = acc[m][n + two];
+          lola_mma(sum, a[m][0], a[m][1], a[m][2], a[m][3], high[2 * two], high[2 * two + 1]);
+          if constexpr (HALF)
+            lola_mma(sum, rest[m][0], rest[m][1], rest[m][2], rest[m][3], high[2 * two], high[2 * two + 1]);
+        }
+#pragma unroll
+      for (int m = 0; m < ROWS / 16; m++)
+#pragma unroll
+        for (int two = 0; two < 2; two++)
+          lola_mma(acc[m][n + two], a[m][0], a[m][1], a[m][2], a[m][3], low[2 * two], low[2 * two + 1]);
     }
   }
 }
 
-/* Tiles of 128 rows in turn, 16 to a warp, which reads those of the next tile (with two stages) before it works on this
- * one's. */
-template <typename T, int PRODUCTS>
+/* Rows of a warp's tile: the more, the less often the weights are read from shared memory. */
+template <int PRODUCTS> struct tensor_tile { static constexpr int ROWS = PRODUCTS <= 8 ? 32 : 16; };
+
+/* A block takes a run of tiles; those of one head and side are dealt out to its warps, which share the weights and
+ * nothing else. A warp asks for its next rows as soon as it has multiplied those before. */
+template <typename T, typename Out, int PRODUCTS>
 __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     tensor_kernel(const __grid_constant__ feature_job job) {
+  constexpr int ROWS = tensor_tile<PRODUCTS>::ROWS;
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ tile_shared table[2];
   __shared__ uint8_t folds[KNOWN_ROWS];
-  const lola_device_segment &g = job.g;
-  const int pitch = lola_padded(g.D, 64), M = g.map.kind == LOLA_MAP_RELU ? g.F : g.F / 2;
-  __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
-  __nv_bfloat16 *x = lo + (PRODUCTS * 8 + 16 * warp) * pitch;
   lola_device_await_previous();
   lola_device_start_next();
+  const lola_device_segment &g = job.g;
+  const int pitch = lola_padded(g.D, 64), M = job.projection;
+  __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
+  __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
   if (!look_up_rows(job, folds)) return;
-  const int64_t total = job.tiles * g.Hq;
+  for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
+  __syncwarp();
+  const int64_t total = job.tiles * g.Hq, queries = job.tiles - job.query_tiles;
   int64_t index = total * blockIdx.x / gridDim.x;
   const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
-  int head = -1, hint = 0, now = 0;
-  /* The next tile with work, its rows in the table. */
-  const auto seek = [&](tile_shared *to, feature_tile *tile) {
-    while (index < end) {
-      *tile = tile_at(job, index++);
-      if (skipped(*tile, folds)) continue;
-      __syncthreads(); /* the table was read */
-      lola_dtype unused = LOLA_FLOAT32;
-      if (resolve_tile(job, *tile, &hint, to, &unused)) return true;
-    }
-    return false;
-  };
-  const auto stage = [&](int which) { return x + (job.stages == 2 ? which * TENSOR_ROWS * pitch : 0); };
-  for (int which = 0; g.D % 64 && which < job.stages; which++) /* behind the rows' ends */
-    for (int i = lane; i < 16 * pitch; i += 32) stage(which)[i] = __float2bfloat16_rn(0);
-  __syncwarp();
-  feature_tile tile, next;
-  bool more = seek(&table[0], &tile);
-  if (!more) return;
-  fetch_rows(job, table[0], pitch, stage(0));
-  lola_copy_commit();
-  while (more) {
-    more = seek(&table[now ^ 1], &next);
-    if (more && job.stages == 2) fetch_rows(job, table[now ^ 1], pitch, stage(now ^ 1));
+  int hint = 0;
+  while (index < end) {
+    const int head = static_cast<int>(index / job.tiles);
+    const bool asks = index % job.tiles >= queries; /* the run is one of queries */
+    const int64_t run = min(end, head * job.tiles + (asks ? job.tiles : queries));
+    const bool vector = asks ? job.vector_q : job.vector_x;
+    const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
+    /* This lane's row of the warp's next tile with work. */
+    int64_t at = index + warp;
+    const char *from;
+    char *to;
+    const auto seek = [&] {
+      for (; at < run; at += warps) {
+        const feature_tile tile = tile_at(job, at);
+        if (skipped(tile, folds)) continue;
+        lola_dtype unused;
+        from = nullptr;
+        to = nullptr;
+        const bool needed = lane < ROWS && resolve(job, tile, lane, &hint, &from, &to, &unused);
+        if (!needed) from = nullptr, to = nullptr;
+        if (__any_sync(0xffffffffu, needed)) {
+          at += warps;
+          return true;
+        }
+      }
+      return false;
+    };
+    bool more = seek();
+    if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
     lola_copy_commit();
-    if (tile.head != head) {
-      head = tile.head;
-      const float *w = job.side_key ? g.map.w_k : g.map.w_q;
-      __syncthreads(); /* the last head's weights were read */
-      load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
-      __syncthreads();
-    }
-    lola_copy_wait<1>();
-    __syncwarp();
-    float acc[PRODUCTS][4];
-    project<T, PRODUCTS>(stage(now), hi, lo, g.D, M, pitch, acc);
-    __syncwarp();
-    if (more && job.stages == 1) {
-      fetch_rows(job, table[now ^ 1], pitch, stage(0));
+    __syncthreads(); /* the last run's weights were read */
+    load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
+    __syncthreads();
+    while (more) {
+      char *const now = to;
+      more = seek();
+      lola_copy_wait<0>();
+      __syncwarp();
+      float acc[ROWS / 16][PRODUCTS][4];
+      project<T, ROWS, PRODUCTS>(x, hi, lo, g.D, M, pitch, acc);
+      __syncwarp();
+      if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
       lola_copy_commit();
-    }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int at = 16 * warp + half * 8 + group;
-      finish_row<PRODUCTS>(job, acc, half, M, c, table[now].from[at] ? table[now].to[at] : nullptr);
+      for (int m = 0; m < ROWS / 16; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          char *row = reinterpret_cast<char *>(
+              __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(now), 16 * m + 8 * half + group));
+          finish_row<Out>(job, acc[m], half, M, c, row);
+        }
     }
-    tile = next;
-    now ^= 1;
+    index = run;
   }
 }
 
@@ -474,17 +492,15 @@ __device__ void hedgehog_row(const feature_job &job, int M, float *p, char *to) 
 
 /* Shared: x (rows, D) and its projection (rows, M), both float32. Each projected element is one chain of multiply-adds
  * in ascending k, as on the CPU. */
-__global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const __grid_constant__ feature_job job) {
+__global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_constant__ feature_job job) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ tile_shared table;
+  __shared__ const char *sources[PLAIN_ROWS];
+  __shared__ char *targets[PLAIN_ROWS];
   __shared__ lola_dtype types[PLAIN_ROWS];
   __shared__ uint8_t folds[KNOWN_ROWS];
   const lola_device_segment &g = job.g;
   const lola_map_kind kind = g.map.kind;
-  const float *w = kind == LOLA_MAP_GIVEN || kind == LOLA_MAP_ELU_PLUS_ONE ? nullptr
-                   : job.side_key                                          ? g.map.w_k
-                                                                           : g.map.w_q;
-  const int rows = static_cast<int>(job.per_tile), D = g.D, F = g.F, M = !w ? 0 : kind == LOLA_MAP_RELU ? F : F / 2;
+  const int rows = static_cast<int>(job.per_tile), D = g.D, F = g.F, M = job.projection;
   float *x = reinterpret_cast<float *>(memory), *projection = x + static_cast<int64_t>(rows) * D;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = PLAIN_THREADS / 32;
   lola_device_await_previous();
@@ -502,24 +518,24 @@ __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const __grid_const
       char *to = nullptr;
       lola_dtype dtype = LOLA_FLOAT32;
       needed = resolve(job, tile, threadIdx.x, &hint, &from, &to, &dtype);
-      table.from[threadIdx.x] = needed ? from : nullptr;
-      table.to[threadIdx.x] = to;
+      sources[threadIdx.x] = needed ? from : nullptr;
+      targets[threadIdx.x] = to;
       types[threadIdx.x] = dtype;
     }
     if (!__syncthreads_or(needed)) continue;
     if (!M) {
       for (int i = warp; i < rows; i += warps) {
-        if (!table.from[i]) continue;
+        if (!sources[i]) continue;
         for (int f = lane; f < F; f += 32)
-          store_plain(job, table.to[i], f, elementwise(kind, lola_device_load(table.from[i], f, types[i])));
+          store_plain(job, targets[i], f, elementwise(kind, lola_device_load(sources[i], f, types[i])));
       }
       continue;
     }
     for (int i = warp; i < rows; i += warps)
-      for (int d = lane; d < D; d += 32)
-        x[i * D + d] = table.from[i] ? lola_device_load(table.from[i], d, types[i]) : 0;
+      for (int d = lane; d < D; d += 32) x[i * D + d] = sources[i] ? lola_device_load(sources[i], d, types[i]) : 0;
     __syncthreads();
-    const float *weights = w + static_cast<int64_t>(tile.head) * D * M;
+    const float *weights =
+        (takes_key_weights(job, tile.kind) ? g.map.w_k : g.map.w_q) + static_cast<int64_t>(tile.head) * D * M;
     const int columns = (M + 31) / 32, groups = (rows + GROUP - 1) / GROUP;
     for (int item = warp; item < columns * groups; item += warps) {
       const int m = item % columns * 32 + lane, first = item / columns * GROUP;
@@ -541,43 +557,64 @@ __global__ void __launch_bounds__(PLAIN_THREADS) plain_kernel(const __grid_const
     }
     __syncthreads();
     for (int i = warp; i < rows; i += warps) {
-      if (!table.from[i]) continue;
+      if (!sources[i]) continue;
       if (kind == LOLA_MAP_RELU)
-        for (int m = lane; m < M; m += 32) store_plain(job, table.to[i], m, elementwise(kind, projection[i * M + m]));
+        for (int m = lane; m < M; m += 32) store_plain(job, targets[i], m, elementwise(kind, projection[i * M + m]));
       else
-        hedgehog_row(job, M, projection + i * M, table.to[i]);
+        hedgehog_row(job, M, projection + i * M, targets[i]);
     }
   }
 }
 
 /* --- launches --------------------------------------------------------------------------------------------------- */
 
-/* Shared memory of the matrix units' kernel for `columns` padded columns. */
-int64_t tensor_bytes(int64_t D, int64_t columns, int64_t stages) {
-  return (2 * columns + stages * TENSOR_ROWS) * ((D + 63) / 64 * 64) * 2;
+/* Shared memory of the matrix units' kernel. */
+template <int PRODUCTS> int64_t tensor_bytes(int64_t D, int warps) {
+  return (2 * PRODUCTS * 8 + warps * tensor_tile<PRODUCTS>::ROWS) * ((D + 63) / 64 * 64) * 2;
 }
 
-template <typename T, int PRODUCTS>
-lola_status launch_tensor(const feature_job &job, int blocks, int most_shared, cudaStream_t stream,
+/* As many warps as the device's shared memory feeds, 0 if too few. */
+template <int PRODUCTS> int tensor_warps(int64_t D, int most_shared) {
+  int warps = TENSOR_THREADS / 32;
+  while (warps && tensor_bytes<PRODUCTS>(D, warps) > most_shared) warps = warps > 2 ? warps / 2 : 0;
+  return warps;
+}
+
+int tensor_warps(int64_t D, int M, int most_shared) {
+  return M <= 32   ? tensor_warps<4>(D, most_shared)
+         : M <= 64 ? tensor_warps<8>(D, most_shared)
+                   : tensor_warps<16>(D, most_shared);
+}
+
+template <typename T, typename Out, int PRODUCTS>
+lola_status launch_tensor(const feature_job &job, int blocks, int warps, int most_shared, cudaStream_t stream,
                           lola_message *message) {
-  const int bytes = static_cast<int>(tensor_bytes(job.g.D, PRODUCTS * 8, job.stages));
-  auto kernel = tensor_kernel<T, PRODUCTS>;
+  const int64_t bytes = tensor_bytes<PRODUCTS>(job.g.D, warps);
+  auto kernel = tensor_kernel<T, Out, PRODUCTS>;
   if (bytes > 40 << 10) {
     lola_status status = lola_cuda_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared), "features", message);
     if (status) return status;
   }
-  return lola_cuda_status(
-      lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), TENSOR_THREADS, bytes, stream, job), "features",
+  return lola_cuda_launched(
+      lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), 32 * warps, bytes, stream, job), "features",
       message);
 }
 
-template <typename T>
-lola_status launch_tensor_of(const feature_job &job, int M, int blocks, int most_shared, cudaStream_t stream,
+template <typename T, typename Out>
+lola_status launch_tensor_of(const feature_job &job, int blocks, int warps, int most_shared, cudaStream_t stream,
                              lola_message *message) {
-  if (M <= 32) return launch_tensor<T, 4>(job, blocks, most_shared, stream, message);
-  if (M <= 64) return launch_tensor<T, 8>(job, blocks, most_shared, stream, message);
-  return launch_tensor<T, 16>(job, blocks, most_shared, stream, message);
+  if (job.projection <= 32) return launch_tensor<T, Out, 4>(job, blocks, warps, most_shared, stream, message);
+  if (job.projection <= 64) return launch_tensor<T, Out, 8>(job, blocks, warps, most_shared, stream, message);
+  return launch_tensor<T, Out, 16>(job, blocks, warps, most_shared, stream, message);
+}
+
+template <typename T>
+lola_status launch_tensor_to(const feature_job &job, int blocks, int warps, int most_shared, cudaStream_t stream,
+                             lola_message *message) {
+  return job.target == LOLA_BFLOAT16
+             ? launch_tensor_of<T, __nv_bfloat16>(job, blocks, warps, most_shared, stream, message)
+             : launch_tensor_of<T, float>(job, blocks, warps, most_shared, stream, message);
 }
 
 bool aligned(const void *data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
@@ -611,55 +648,59 @@ lola_status look_up_device(device_limits *limits, lola_message *message) {
   return status;
 }
 
-/* `rows[i]`: rows of source i, of one cache row (SLOTS, RING) or in all; x_dtype: of the source's vectors. */
+/* Columns of xW, 0 where there are no weights. */
+int projection_of(const lola_device_segment &g, bool side_key) {
+  const lola_map_kind kind = g.map.kind;
+  if (kind != LOLA_MAP_HEDGEHOG && kind != LOLA_MAP_HEDGEHOG_EXP && kind != LOLA_MAP_RELU) return 0;
+  return !(side_key ? g.map.w_k : g.map.w_q) ? 0 : kind == LOLA_MAP_RELU ? g.F : g.F / 2;
+}
+
+/* `rows[i]`: rows of source i, of one cache row (SLOTS, RING) or in all; x_dtype: of the sources' vectors. */
 lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cudaStream_t stream,
                    lola_message *message) {
   lola_device_segment &g = job->g;
   device_limits limits;
   lola_status status = look_up_device(&limits, message);
   if (status) return status;
-  const lola_map_kind kind = g.map.kind;
-  const bool projected = (kind == LOLA_MAP_HEDGEHOG || kind == LOLA_MAP_HEDGEHOG_EXP || kind == LOLA_MAP_RELU) &&
-                         (job->side_key ? g.map.w_k : g.map.w_q);
-  const int M = !projected ? 0 : kind == LOLA_MAP_RELU ? g.F : g.F / 2;
-  const int columns = M <= 32 ? 32 : M <= 64 ? 64 : 128;
-  const bool tensor = projected && x_dtype != LOLA_FLOAT32 && job->round && g.D % 8 == 0 && M % 8 == 0 && M <= 128 &&
-                      tensor_bytes(g.D, columns, 1) + RESERVED_SHARED <= limits.shared;
+  const int M = job->projection = projection_of(g, takes_key_weights(*job, job->sources[0]));
+  const int most_shared = limits.shared - RESERVED_SHARED; /* the same on every call, so that threads may race */
+  int warps = 0;
+  if (M && x_dtype != LOLA_FLOAT32 && job->round && g.D % 8 == 0 && M % 8 == 0 && M <= 128)
+    warps = tensor_warps(g.D, M, most_shared);
   int64_t per_tile = PLAIN_ROWS, bytes = 0;
-  if (tensor) {
-    per_tile = TENSOR_ROWS;
-    job->stages = tensor_bytes(g.D, columns, 2) + RESERVED_SHARED <= limits.shared ? 2 : 1;
-  } else if (projected) {
+  if (warps) {
+    per_tile = M <= 64 ? tensor_tile<8>::ROWS : tensor_tile<16>::ROWS;
+  } else if (M) {
     const int64_t row_bytes = (static_cast<int64_t>(g.D) + M) * 4;
     while (per_tile > 1 && per_tile * row_bytes > 48 << 10) per_tile /= 2;
     bytes = per_tile * row_bytes;
-    if (bytes + RESERVED_SHARED > limits.shared)
+    if (bytes > most_shared)
       return lola_fail(message, LOLA_VALUE_ERROR,
                        "head_dim %d and feature_dim %d are too large for this device's feature maps: pass features",
                        g.D, g.F);
   }
   job->per_tile = per_tile;
-  job->tiles = 0;
+  job->tiles = job->query_tiles = 0;
   for (int i = 0; i < job->count; i++) {
     const bool by_row = job->sources[i] == SLOTS || job->sources[i] == RING;
     job->row_tiles[i] = (rows[i] + per_tile - 1) / per_tile;
     job->tiles += by_row ? job->row_tiles[i] * g.B : job->row_tiles[i];
+    if (job->sources[i] == QUERIES) job->query_tiles = job->row_tiles[i];
   }
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
-  const int64_t most = static_cast<int64_t>(limits.processors) * (tensor ? 2 : 4);
+  const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
   const int blocks = static_cast<int>(total < most ? total : most);
-  const int most_shared = limits.shared - RESERVED_SHARED; /* the same on every call, so that threads may race */
-  if (tensor)
-    return x_dtype == LOLA_BFLOAT16 ? launch_tensor_of<__nv_bfloat16>(*job, M, blocks, most_shared, stream, message)
-                                    : launch_tensor_of<__half>(*job, M, blocks, most_shared, stream, message);
+  if (warps)
+    return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
+                                    : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
   if (bytes > 32 << 10) {
     status =
         lola_cuda_status(cudaFuncSetAttribute(plain_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
                          "features", message);
     if (status) return status;
   }
-  return lola_cuda_status(
+  return lola_cuda_launched(
       lola_cuda_launch_chained(plain_kernel, static_cast<unsigned>(blocks), PLAIN_THREADS, bytes, stream, *job),
       "features", message);
 }
@@ -674,24 +715,25 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int t
   if (g.stores_features) g.map.kind = LOLA_MAP_GIVEN;
   job.round = g.dtype != LOLA_FLOAT32;
   job.target = job.round ? LOLA_BFLOAT16 : LOLA_FLOAT32;
-  job.side_key = 1;
   /* Without the segment's tokens a row has at most one, and one chunk's pairs leave. */
-  int64_t rows[3] = {g.L, tokens ? g.R : g.C, g.tokens};
+  int64_t rows[4] = {g.L, tokens ? g.R : g.C, g.tokens, g.tokens};
   job.sources[0] = SLOTS;
   job.sources[1] = RING;
   job.sources[2] = KEYS;
+  job.sources[3] = QUERIES;
   job.count = tokens ? 3 : 2;
   const int64_t row_bytes = static_cast<int64_t>(g.D) * lola_device_item(g.dtype);
   job.vector_x = row_bytes % 16 == 0 && (!tokens || rows_aligned(g.k));
+  job.vector_q = tokens && rows_aligned(g.q);
   job.vector_out = 1;
+  const bool asks = tokens && g.mixing != LOLA_MIXING_CACHE_ONLY;
+  const bool together = asks && g.q_dtype == g.dtype && projection_of(g, true) == projection_of(g, false);
+  if (together) job.count = 4;
   lola_status status = launch(&job, g.dtype, rows, stream, message);
-  if (status || !tokens || g.mixing == LOLA_MIXING_CACHE_ONLY) return status;
-  job.side_key = 0;
+  if (status || !asks || together) return status;
   job.sources[0] = QUERIES;
   job.count = 1;
-  rows[0] = g.tokens;
-  job.vector_x = rows_aligned(g.q);
-  return launch(&job, g.q_dtype, rows, stream, message);
+  return launch(&job, g.q_dtype, &rows[3], stream, message);
 }
 
 lola_status lola_cuda_features(const lola_array *x, int64_t B, int64_t T, int64_t Hx, int64_t D, int64_t Hq, int64_t F,

@@ -102,12 +102,16 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const str
 lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
                              lola_message *message);
 
-/* After a launch: the last error as a status that names the kernel. */
-static inline lola_status lola_cuda_launched(const char *kernel, lola_message *message) {
-  cudaError_t error = cudaGetLastError();
+/* After a launch: its error, or else the last one, as a status that names the kernel. */
+static inline lola_status lola_cuda_launched(cudaError_t error, const char *kernel, lola_message *message) {
+  cudaError_t last = cudaGetLastError();
+  if (error == cudaSuccess) error = last;
   if (error == cudaSuccess) return LOLA_OK;
   return lola_fail(message, LOLA_DEVICE_ERROR, "CUDA kernel %s could not be launched: %s", kernel,
                    cudaGetErrorString(error));
+}
+static inline lola_status lola_cuda_launched(const char *kernel, lola_message *message) {
+  return lola_cuda_launched(cudaSuccess, kernel, message);
 }
 
 /* --- what kernels share ------------------------------------------------------------------------------------------- */
