@@ -5,8 +5,9 @@
 
 #include "cpu/pool.h"
 
-/* A piece is packed, one is copied in and computed, one is copied out. */
-enum { PIECES = 3 };
+/* Pieces on their way at once, packed, copied in, computed, copied out or unpacked: enough that both directions of
+ * copying have the next one waiting while the host takes its turn at another. */
+enum { PIECES = 6 };
 /* Bytes of a piece, in and out: large enough that launches do not count, small enough that the first pack and the last
  * unpack, which nothing overlaps, take little. */
 static const int64_t PIECE_BYTES = INT64_C(16) << 20;
