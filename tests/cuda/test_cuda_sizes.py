@@ -207,6 +207,16 @@ def test_segments_of_ragged_rows():
         assert not out[b, :starts[b]].any() and not out[b, stops[b]:].any()
 
 
+@pytest.mark.parametrize("sparse_per", ["query_head", "kv_head"])
+def test_rows_have_the_same_bits_wherever_segments_end(sparse_per):
+    """Rows of a batch are worked on in shorter segments than a row alone."""
+    data = build(LLAMA.but(B=3, T=6000, Hq=2, D=64, Dv=64, sparse=100, window=64, sparse_per=sparse_per))
+    out = run(data, new_cache(data))
+    for b in range(3):
+        one = data.at(rows=[b])
+        assert_same_bits(run(one, new_cache(one))[0], out[b])
+
+
 @only_on_cuda
 def test_a_million_tokens():
     """In one call; memory beyond inputs and outputs does not grow with the length."""
