@@ -7,13 +7,13 @@
  * of head h's H, and its s, in shared memory while it walks the unit's chunks. A chunk costs the group one exchange
  * through global memory: every block writes its part of each pair's error, waits for the others, and then selects for
  * itself. All blocks are resident at once (a cooperative launch), groups take units in turn.
- * On Hopper 16-bit caches at the usual sizes go another way, scan_wgmma.cuh: a cluster of blocks with all pairs in shared
- * memory. Here is the scan for all other devices, sizes, types and scores.
- * 16-bit caches score and fold on the matrix units: features are bfloat16 by contract and so exact, H stands beside
- * itself split into two bfloat16 halves (2^-17), values are split where they are float16; sums are float32, and what a
- * fold adds to H is summed for 64 pairs and then added once. float32 caches use plain multiply-adds.
- * Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends on nothing
- * but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
+ * On Hopper 16-bit caches at the usual sizes go another way, scan_wgmma.cuh: a cluster of blocks with all pairs in
+ * shared memory. Here is the scan for all other devices, sizes, types and scores. 16-bit caches score and fold on the
+ * matrix units: features are bfloat16 by contract and so exact, H stands beside itself split into two bfloat16 halves
+ * (2^-17), values are split where they are float16; sums are float32, and what a fold adds to H is summed for 64 pairs
+ * and then added once. float32 caches use plain multiply-adds. Order of sums: within a part as the fragments lie, then
+ * over column blocks, then over heads. It depends on nothing but the pair and the state, so a call's cut, the batch and
+ * the grid leave no trace in any bit. */
 #include "cuda/scan_wgmma.cuh"
 
 namespace {
@@ -1194,9 +1194,13 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   plan->rows = static_cast<int>(rows);
   plan->blocks = static_cast<int>(blocks);
   plan->column_blocks = static_cast<int>(column_blocks);
-  const int64_t pieces[] = {panels * rows * ROW, panels * wgmma_scan::HALF_ROWS * ROW,
-                            newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1), blocks * rows * 4,
-                            table_bytes(rows, newcomers, panels), static_cast<int64_t>(sizeof(cluster_shared))};
+  for (int64_t block = column_blocks - 1; block < blocks; block += column_blocks) plan->head_ends |= 1u << block;
+  const int64_t pieces[] = {panels * rows * ROW,
+                            panels * wgmma_scan::HALF_ROWS * ROW,
+                            newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1),
+                            blocks * rows * 4,
+                            table_bytes(rows, newcomers, panels),
+                            static_cast<int64_t>(sizeof(cluster_shared))};
   int first, *const offsets[] = {&first, &plan->halves, &plan->values, &plan->parts, &plan->tables, &plan->shared};
   for (int i = 0; i < 6; i++) {
     *offsets[i] = static_cast<int>(plan->shared_bytes);
@@ -1204,10 +1208,9 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   }
   if (plan->shared_bytes > limits.shared) return LOLA_OK;
   int clusters;
-  lola_status status = look_up_occupancy({wgmma_scan::kernel_of(sizes.dtype, plan->panels, false),
-                                          wgmma_scan::kernel_of(sizes.dtype, plan->panels, true)},
-                                         limits.device, wgmma_scan::THREADS, plan->blocks, plan->shared_bytes,
-                                         limits.shared, &clusters, message);
+  lola_status status = look_up_occupancy(
+      {wgmma_scan::kernel_of(sizes.dtype, plan->panels, false), wgmma_scan::kernel_of(sizes.dtype, plan->panels, true)},
+      limits.device, wgmma_scan::THREADS, plan->blocks, plan->shared_bytes, limits.shared, &clusters, message);
   if (status) return status;
   plan->groups = static_cast<int>(clusters < sizes.B * sizes.S ? clusters : sizes.B * sizes.S);
   return LOLA_OK;

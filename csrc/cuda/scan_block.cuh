@@ -1,5 +1,5 @@
-/* What scan.cu and scan_wgmma.cuh share: where a unit's pairs lie, which units a group of blocks takes, pieces of rows, and
- * the parts of a pair's error. */
+/* What scan.cu and scan_wgmma.cuh share: where a unit's pairs lie, which units a group of blocks takes, pieces of rows,
+ * and the parts of a pair's error. */
 #ifndef LOLA_CUDA_SCAN_BLOCK_CUH
 #define LOLA_CUDA_SCAN_BLOCK_CUH
 
@@ -22,8 +22,8 @@ struct row_source {
 /* What a block knows of its unit, one (cache row, head set), the same for all threads until the next one. */
 struct scan_unit {
   lola_device_span span;
-  int64_t base;    /* position of code 0 */
-  int64_t last;    /* chunk of the last token */
+  int64_t base; /* position of code 0 */
+  int64_t last; /* chunk of the last token */
   int row, set, head;
   int ring;                 /* ring slot of code 0 */
   row_source sources[2][3]; /* phi and values: of sparse slots, of the ring, of tokens */
@@ -115,8 +115,9 @@ __device__ bool row_has_work(const lola_device_segment &g, int row, int record) 
   return leaving.end > leaving.first;
 }
 
-/* Calls walk(row, set) for the group's units, for a whole block of COUNT threads; `rows` (COUNT,) and `row_count` (COUNT
- * / 32,) are in shared memory. Units are numbered through all rows with work; a group takes every groups-th. */
+/* Calls walk(row, set) for the group's units, for a whole block of at least COUNT threads, which looks at COUNT rows at
+ * a time; `rows` (COUNT,) and `row_count` (COUNT / 32,) are in shared memory. Units are numbered through all rows with
+ * work; a group takes every groups-th. */
 template <int COUNT, class Walk>
 __device__ void for_each_unit(const lola_device_segment &g, int groups, int group, int record, int *rows,
                               int *row_count, Walk walk) {
@@ -124,9 +125,9 @@ __device__ void for_each_unit(const lola_device_segment &g, int groups, int grou
   int64_t before = 0; /* units of the rows looked at so far */
   for (int64_t first = 0; first < g.B; first += COUNT) {
     const int64_t row = first + threadIdx.x;
-    const bool busy = row < g.B && row_has_work(g, static_cast<int>(row), record);
+    const bool looks = threadIdx.x < COUNT, busy = looks && row < g.B && row_has_work(g, static_cast<int>(row), record);
     const unsigned bits = __ballot_sync(ALL, busy);
-    if (lane == 0) row_count[warp] = __popc(bits);
+    if (looks && lane == 0) row_count[warp] = __popc(bits);
     __syncthreads();
     int at = 0, some = 0;
     for (int w = 0; w < COUNT / 32; w++) {

@@ -2,18 +2,19 @@
  * all its pairs in shared memory and columns 64 j .. 64 j + 63 of H and s beside them. For self_recall scores of 16-bit
  * caches with F <= 128, where that fits (make_cluster_plan in scan.cu).
  *
- * Rows of phi are the L slots and then the C pairs that leave next ("newcomers"), in tiles of 64. Two warpgroups walk the
- * chunks:
- *   score   phi times [H high, H low, s high, s low], 136 columns of wgmma, tiles in turn; values come from global memory
- *           (L2) meanwhile. Each block writes its part of every pair's error into all blocks of the cluster.
+ * Rows of phi are the L slots and then the C pairs that leave next ("newcomers"), in tiles of 64. Three warpgroups walk
+ * the chunks:
+ *   score   phi times the high and then the low halves of [H, s], 72 columns of wgmma, tiles in turn; values come from
+ *           global memory (L2) meanwhile. Each block sends its part of every pair's error to all blocks of the cluster.
  *   select  every block adds the parts, column blocks in order, then heads, and finds the cut by itself
  *   swap    a newcomer that stays trades rows with the pair that was dropped from its slot, so that the newcomers' rows
  *           then hold just the pairs to be folded
  *   fold    Phi^T V of those rows, summed for 64 pairs and then added once to H, which lives in registers in float32;
  *           its halves go back to shared memory
- * and a third, the helper, brings the next newcomers, writes down what queries see, and multiplies phi(q)^T H.
- * Order of sums: scores as they lie in the fragments, then over column blocks, then over heads; folds by newcomers' row.
- * Neither depends on how a call was cut, on the batch, or on the grid.
+ * and a fourth, the helper, has the next newcomers in registers by the time that their rows are free, writes down what
+ * queries see, and multiplies phi(q)^T H.
+ * Order of sums: scores as they lie in the fragments, then over column blocks, then over heads; folds by newcomers'
+ * row. Neither depends on how a call was cut, on the batch, or on the grid.
  *
  * Tiles lie as attend_instructions.cuh says: panels of 64 columns, rows of 128 bytes, swizzled. Columns of H are dealt
  * out within 32 as lola_column_row says, so that a lane's eight results are neighbours: a value's 16 bytes. */
@@ -27,55 +28,51 @@
 namespace {
 namespace wgmma_scan {
 
-constexpr int WALKERS = 256, WARPS = WALKERS / 32, HELPERS = 128, THREADS = WALKERS + HELPERS;
-constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8, WALKER_REGISTERS = 176, HELPER_REGISTERS = 152;
-static_assert(WALKERS * WALKER_REGISTERS + HELPERS * HELPER_REGISTERS <= THREADS * LAUNCH_REGISTERS);
-constexpr int COLUMNS = 64;             /* of H, to a block */
-constexpr int TILE = 64;                /* rows */
-constexpr int ROW = 128;                /* bytes of a row in a panel */
-constexpr int HALF_ROWS = 2 * COLUMNS + 8, NORMALIZER_ROW = 2 * COLUMNS; /* of the right-hand matrix; the last 6 are zero */
-constexpr int PRODUCTS = HALF_ROWS / 8;
-constexpr int ROWS_MOST = 1024; /* of phi: a lane of a warp knows a word of their bits */
-constexpr int BINS = 256, LISTED = 32;
-constexpr int NEWCOMER_VALUES = 4; /* 16-byte pieces to a helper's registers: 64 newcomers */
+constexpr int WALKERS = 384, WARPS = WALKERS / 32, HELPERS = 128, THREADS = WALKERS + HELPERS;
+constexpr int COLUMNS = 64;                                       /* of H, to a block */
+constexpr int TILE = 64;                                          /* rows */
+constexpr int ROW = 128;                                          /* bytes of a row in a panel */
+constexpr int RIGHT_ROWS = COLUMNS + 8, NORMALIZER_ROW = COLUMNS; /* of a right-hand matrix: H, s and zeros */
+constexpr int HALF_ROWS = 2 * RIGHT_ROWS;                         /* the high one and then the low one */
+constexpr int PRODUCTS = RIGHT_ROWS / 8;
+constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
+constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
 constexpr int BLOCKS_MOST = 16;
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
 /* What is the same on every call for one cache and device, so that the order of sums is too. */
 struct cluster_plan {
-  int panels;                                 /* of phi */
-  int slots, newcomers, rows;                 /* whole tiles, and both together */
-  int blocks, column_blocks;                  /* of a cluster */
-  int groups;                                 /* clusters */
-  int vector_recalled;                        /* 16-byte stores are possible */
+  int panels;                                /* of phi */
+  int slots, newcomers, rows;                /* whole tiles, and both together */
+  int blocks, column_blocks;                 /* of a cluster */
+  unsigned head_ends;                        /* a bit for each block that is its head's last */
+  int groups;                                /* clusters */
+  int vector_recalled;                       /* 16-byte stores are possible */
   int halves, values, parts, tables, shared; /* offsets into shared memory; phi comes first */
   int64_t shared_bytes;
 };
 
 /* By row of phi, unless said otherwise. */
 struct tables {
-  const char **value;  /* the block's columns of the pair's values in global memory; NULL: no pair */
+  const char *
+      *value; /* the block's columns of the pair's values in global memory; of any others where there is no pair */
   int *code;
-  float *score;        /* at the last ranking; NaN if never ranked */
-  float *normalizer;   /* (64 panels,): s */
-  unsigned *histogram; /* (BINS,) */
-  unsigned *dropped;   /* a bit for each */
-  uint16_t *drop;      /* (newcomers,): dropped slots, ascending */
-  uint16_t *kept;      /* (newcomers,): newcomers that stay, ascending */
+  float *score;      /* at the last ranking; NaN if never ranked */
+  float *normalizer; /* (64 panels,): s */
+  uint16_t *drop;    /* (newcomers,): dropped slots, ascending */
+  uint16_t *kept;    /* (newcomers,): newcomers that stay, ascending */
 };
 
 __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, int64_t panels) {
-  return rows * (8 + 4 + 4) + panels * 64 * 4 + BINS * 4 + rows / 8 + newcomers * 4;
+  return rows * (8 + 4 + 4) + panels * 64 * 4 + newcomers * 4;
 }
 
 struct cluster_shared {
   uint64_t full, read; /* barriers: parts are there, and were read by the cluster's warps */
   scan_unit unit;
-  int rows[THREADS]; /* cache rows with work, of the THREADS being looked at */
-  int row_count[THREADS / 32];
-  unsigned low[WARPS], high[WARPS];
-  unsigned listed, list_key[LISTED];
-  int list_row[LISTED];
+  int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
+  int row_count[ROWS_AT_ONCE / 32];
+  int freed; /* slots, at this ranking */
 };
 
 template <typename Element, int FEATURE_PANELS, bool VECTOR_ROWS> struct wgmma_kind {
@@ -110,8 +107,8 @@ __device__ __forceinline__ int own_thread() { return static_cast<int>(lola_threa
 
 __device__ __forceinline__ int own_warpgroup() { return uniform(own_thread() / 128); }
 
-/* Stores into the shared memory of the cluster's block `rank`, at this block's address, and counts the bytes at a barrier
- * there. The store is on its way when this returns; who waits for the barrier sees it. */
+/* Stores into the shared memory of the cluster's block `rank`, at this block's address, and counts the bytes at a
+ * barrier there. The store is on its way when this returns; who waits for the barrier sees it. */
 __device__ __forceinline__ void send(uint32_t address, uint32_t barrier, int rank, float x) {
   asm volatile("{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\n"
                "mapa.shared::cluster.u32 full, %1, %2;\n"
@@ -131,8 +128,8 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
                : "memory");
 }
 
-/* Each warp of walkers tells every block of the cluster, at its barrier at this block's address, that it has read what it
- * wanted to. */
+/* Each warp of walkers tells every block of the cluster, at its barrier at this block's address, that it has read what
+ * it wanted to. */
 __device__ __forceinline__ void tell_cluster(uint32_t barrier, int blocks) {
   __syncwarp();
   const int rank = threadIdx.x % 32;
@@ -146,18 +143,16 @@ __device__ __forceinline__ void tell_cluster(uint32_t barrier, int blocks) {
 
 #define LOLA_ROW_4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define LOLA_ROW_16(c, i) LOLA_ROW_4(c, i), LOLA_ROW_4(c, i + 1), LOLA_ROW_4(c, i + 2), LOLA_ROW_4(c, i + 3)
-#define LOLA_REGISTERS_68                                                                                              \
+#define LOLA_REGISTERS_36                                                                                              \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "    \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "     \
-  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67}, "
-#define LOLA_OPERANDS_68(c)                                                                                            \
-  LOLA_ROW_16(c, 0), LOLA_ROW_16(c, 4), LOLA_ROW_16(c, 8), LOLA_ROW_16(c, 12), LOLA_ROW_4(c, 16)
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, "
+#define LOLA_OPERANDS_36(c) LOLA_ROW_16(c, 0), LOLA_ROW_16(c, 4), LOLA_ROW_4(c, 8)
 
-/* C (64 x 136) = or += A (64 x 16) B (16 x 136), bfloat16; panels of A and B run along the sum. */
+/* C (64 x 72) = or += A (64 x 16) B (16 x 72), bfloat16; panels of A and B run along the sum. */
 __device__ __forceinline__ void multiply_rows(float (&c)[PRODUCTS][4], uint32_t a, uint32_t b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %70, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 " LOLA_REGISTERS_68 "%68, %69, p, 1, 1, 0, 0;\n}"
-               : LOLA_OPERANDS_68(c)
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " LOLA_REGISTERS_36 "%36, %37, p, 1, 1, 0, 0;\n}"
+               : LOLA_OPERANDS_36(c)
                : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)), "r"(accumulate)
                : "memory");
 }
@@ -165,10 +160,10 @@ __device__ __forceinline__ void multiply_rows(float (&c)[PRODUCTS][4], uint32_t 
 /* The same with A in registers. */
 __device__ __forceinline__ void multiply_queries(float (&c)[PRODUCTS][4], const unsigned (&a)[4], uint32_t b,
                                                  int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %73, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n136k16.f32.bf16.bf16 " LOLA_REGISTERS_68
-               "{%68, %69, %70, %71}, %72, p, 1, 1, 0;\n}"
-               : LOLA_OPERANDS_68(c)
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " LOLA_REGISTERS_36
+               "{%36, %37, %38, %39}, %40, p, 1, 1, 0;\n}"
+               : LOLA_OPERANDS_36(c)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(accumulate)
                : "memory");
 }
@@ -184,8 +179,8 @@ __device__ __forceinline__ void multiply_fold(float (&c)[8][4], uint32_t a, uint
                : "memory");
 }
 
-#undef LOLA_OPERANDS_68
-#undef LOLA_REGISTERS_68
+#undef LOLA_OPERANDS_36
+#undef LOLA_REGISTERS_36
 #undef LOLA_ROW_16
 #undef LOLA_ROW_4
 
@@ -199,8 +194,8 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
 /* --- who waits for whom in a block -------------------------------------------------------------------------------- */
 
 /* In each chunk: the helper arrives at NEWCOMERS once they are in place (if the chunk has an update) and at HALVES once
- * it needs neither the old halves nor the old tables; walkers wait there before they read the ones and change the others,
- * and arrive at CHUNK when all is ready for the next, where the helper waits. */
+ * it needs neither the old halves nor the old tables; walkers wait there before they read the ones and change the
+ * others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
 enum { NEWCOMERS = 1, WALK = 2, CHUNK = 3, HALVES = 4 };
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
 
@@ -212,9 +207,7 @@ __device__ __forceinline__ tables tables_of(const cluster_plan &plan) {
   t.code = reinterpret_cast<int *>(t.value + plan.rows);
   t.score = reinterpret_cast<float *>(t.code + plan.rows);
   t.normalizer = t.score + plan.rows;
-  t.histogram = reinterpret_cast<unsigned *>(t.normalizer + 64 * plan.panels);
-  t.dropped = t.histogram + BINS;
-  t.drop = reinterpret_cast<uint16_t *>(t.dropped + plan.rows / 32);
+  t.drop = reinterpret_cast<uint16_t *>(t.normalizer + 64 * plan.panels);
   t.kept = t.drop + plan.newcomers;
   return t;
 }
@@ -233,7 +226,7 @@ __device__ __forceinline__ int phi_at(const cluster_plan &plan, int row, int pie
   return static_cast<int>(tile_offset(plan.rows, row, piece));
 }
 
-/* Offset of a 16-byte piece of row n of the right-hand matrix. */
+/* Offset of a 16-byte piece of row n of the right-hand matrices. */
 __device__ __forceinline__ int half_at(const cluster_plan &plan, int n, int piece) {
   return plan.halves + static_cast<int>(tile_offset(HALF_ROWS, n, piece));
 }
@@ -244,8 +237,7 @@ __device__ __forceinline__ void put_values(const cluster_plan &plan, int newcome
   const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
   for (int w = 0; w < 4; w++) {
-    const int at =
-        plan.values + static_cast<int>(tile_offset(0, newcomer, 4 * (piece >> 2) + w)) + 4 * (piece & 3);
+    const int at = plan.values + static_cast<int>(tile_offset(0, newcomer, 4 * (piece >> 2) + w)) + 4 * (piece & 3);
     if constexpr (is_half<T>) {
       unsigned hi, lo;
       const float2 pair = lola_widen<__half>(words[w]);
@@ -300,41 +292,63 @@ __device__ __forceinline__ void fetch_phi(const lola_device_segment &g, const cl
   }
 }
 
-/* Brings the pairs that leave when `chunk` begins into the newcomers' rows. The helpers. */
+/* Up to 64 pairs that leave the window, on their way in a helper's registers. */
+template <typename T> struct newcomer_pieces {
+  static constexpr int phi_step = HELPERS / T::phi_pieces, value_step = HELPERS / T::value_pieces; /* rows at once */
+  uint4 phi[TILE / phi_step], values[TILE / value_step];
+};
+
+__device__ __forceinline__ int newcomer_code(const lola_device_segment &g, const scan_unit &unit, int64_t chunk) {
+  return static_cast<int>(lola_device_leaving_first(g, chunk) - unit.base);
+}
+
+/* Asks for the pairs that leave when `chunk` begins, from the `first` of them on; nothing if it has no update. */
 template <typename T>
-__device__ __forceinline__ void fetch_newcomers(const lola_device_segment &g, const cluster_plan &plan,
-                                                const block_place &block, const scan_unit &unit, const tables &t,
-                                                int64_t chunk) {
-  const int helper = own_thread() - WALKERS;
-  const int C = static_cast<int>(g.C), code = static_cast<int>(lola_device_leaving_first(g, chunk) - unit.base);
-  const int offset = block.column_block * COLUMNS * 2, columns = g.Dv - block.column_block * COLUMNS;
-  for (int j = helper; j < C; j += HELPERS) {
-    t.code[plan.slots + j] = code + j;
-    t.value[plan.slots + j] = row_of(g, unit, 1, code + j) + offset;
+__device__ __forceinline__ void ask_newcomers(const lola_device_segment &g, const block_place &block,
+                                              const scan_unit &unit, int64_t chunk, int first, bool updates,
+                                              newcomer_pieces<T> *pieces) {
+  const int helper = own_thread() - WALKERS, C = static_cast<int>(g.C), code = newcomer_code(g, unit, chunk);
+  *pieces = {}; /* so that nothing of the last ones is kept in registers */
+  if (!unit.folds || !updates) return;
+  constexpr int phi_step = newcomer_pieces<T>::phi_step, value_step = newcomer_pieces<T>::value_step;
+#pragma unroll
+  for (int i = 0; i < TILE / phi_step; i++) {
+    const int j = first + helper / T::phi_pieces + i * phi_step;
+    if (j < C) pieces->phi[i] = load_chunk<T::vector>(row_of(g, unit, 0, code + j), helper % T::phi_pieces * 8, g.F);
   }
+#pragma unroll
+  for (int i = 0; i < TILE / value_step; i++) {
+    const int j = first + helper / T::value_pieces + i * value_step, column = block.column_block * COLUMNS;
+    if (j < C)
+      pieces->values[i] =
+          load_chunk<T::vector>(row_of(g, unit, 1, code + j) + column * 2, helper % T::value_pieces * 8, g.Dv - column);
+  }
+}
+
+/* Puts them into the newcomers' rows. */
+template <typename T>
+__device__ __forceinline__ void put_newcomers(const lola_device_segment &g, const cluster_plan &plan,
+                                              const block_place &block, const scan_unit &unit, const tables &t,
+                                              int64_t chunk, int first, const newcomer_pieces<T> &pieces) {
+  const int helper = own_thread() - WALKERS, C = static_cast<int>(g.C), code = newcomer_code(g, unit, chunk);
+  constexpr int phi_step = newcomer_pieces<T>::phi_step, value_step = newcomer_pieces<T>::value_step;
   if (unit.folds) {
-#pragma unroll 1
-    for (int i = helper; i < C * T::phi_pieces; i += HELPERS)
-      fetch_phi<T>(g, plan, row_of(g, unit, 0, code + i / T::phi_pieces), plan.slots + i / T::phi_pieces,
-                   i % T::phi_pieces);
-#pragma unroll 1
-    for (int first = helper; first < C * T::value_pieces; first += NEWCOMER_VALUES * HELPERS) {
-      uint4 values[NEWCOMER_VALUES];
 #pragma unroll
-      for (int i = 0; i < NEWCOMER_VALUES; i++) {
-        const int at = first + i * HELPERS, j = at / T::value_pieces;
-        if (j < C)
-          values[i] = load_chunk<T::vector>(row_of(g, unit, 1, code + j) + offset, at % T::value_pieces * 8, columns);
-      }
+    for (int i = 0; i < TILE / phi_step; i++) {
+      const int j = first + helper / T::phi_pieces + i * phi_step;
+      if (j < C) piece_at(phi_at(plan, plan.slots + j, helper % T::phi_pieces)) = pieces.phi[i];
+    }
 #pragma unroll
-      for (int i = 0; i < NEWCOMER_VALUES; i++) {
-        const int at = first + i * HELPERS, j = at / T::value_pieces;
-        if (j < C) put_values<T>(plan, j, at % T::value_pieces, values[i]);
-      }
+    for (int i = 0; i < TILE / value_step; i++) {
+      const int j = first + helper / T::value_pieces + i * value_step;
+      if (j < C) put_values<T>(plan, j, helper % T::value_pieces, pieces.values[i]);
     }
   }
-  cp_async_wait<0>();
-  fence_async_proxy();
+  const int j = first + helper;
+  if (helper < TILE && j < C) {
+    t.code[plan.slots + j] = code + j;
+    t.value[plan.slots + j] = row_of(g, unit, 1, code + j) + block.column_block * COLUMNS * 2;
+  }
 }
 
 /* --- the state in registers --------------------------------------------------------------------------------------- */
@@ -350,7 +364,7 @@ __device__ __forceinline__ int hidden_row(int half) {
   return own_thread() / 32 * 16 + 8 * half + own_thread() % 32 / 4;
 }
 
-template <typename T> __device__ __forceinline__ bool has_state() { return T::panels == 2 || own_warpgroup() == 0; }
+template <typename T> __device__ __forceinline__ bool has_state() { return own_warpgroup() < T::panels; }
 
 /* The halves of H, by the warps that keep it. */
 __device__ __forceinline__ void store_halves(const cluster_plan &plan, const hidden_part &h) {
@@ -360,10 +374,9 @@ __device__ __forceinline__ void store_halves(const cluster_plan &plan, const hid
   for (int i = 0; i < 8; i += 2) {
     unsigned hi[4], lo[4];
 #pragma unroll
-    for (int m = 0; m < 4; m++)
-      lola_split_pair(h[i + m / 2][m % 2 * 2], h[i + m / 2][m % 2 * 2 + 1], &hi[m], &lo[m]);
+    for (int m = 0; m < 4; m++) lola_split_pair(h[i + m / 2][m % 2 * 2], h[i + m / 2][m % 2 * 2 + 1], &hi[m], &lo[m]);
     store_transposed(shared_address(wgmma_memory + half_at(plan, 8 * i + row, piece)), hi);
-    store_transposed(shared_address(wgmma_memory + half_at(plan, COLUMNS + 8 * i + row, piece)), lo);
+    store_transposed(shared_address(wgmma_memory + half_at(plan, RIGHT_ROWS + 8 * i + row, piece)), lo);
   }
 }
 
@@ -372,7 +385,7 @@ __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i
   unsigned hi, lo;
   lola_split_pair(x, y, &hi, &lo);
   word_at(half_at(plan, NORMALIZER_ROW, i / 4) + i % 4 * 4) = hi;
-  word_at(half_at(plan, NORMALIZER_ROW + 1, i / 4) + i % 4 * 4) = lo;
+  word_at(half_at(plan, RIGHT_ROWS + NORMALIZER_ROW, i / 4) + i % 4 * 4) = lo;
 }
 
 template <typename T>
@@ -389,8 +402,7 @@ __device__ void load_state(const lola_device_segment &g, const cluster_plan &pla
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2 + e;
-          (*h)[i][2 * half + e] =
-              row < g.F && column < g.Dv ? H[static_cast<int64_t>(row) * g.Dv + column] : 0;
+          (*h)[i][2 * half + e] = row < g.F && column < g.Dv ? H[static_cast<int64_t>(row) * g.Dv + column] : 0;
         }
     store_halves(plan, *h);
   }
@@ -423,111 +435,128 @@ __device__ void store_state(const lola_device_segment &g, const block_place &blo
 
 /* --- score -------------------------------------------------------------------------------------------------------- */
 
-/* The values of a thread's two rows of a tile: 16 columns of each. */
-struct row_values {
-  uint4 v[2][2];
-};
-
 /* The thread's row of a tile, the other is 8 rows on. */
 __device__ __forceinline__ int tile_row(int first_row) {
-  return first_row + own_thread() % 128 / 32 * 16 + own_thread() % 32 / 4;
+  const int thread = own_thread();
+  return first_row + thread % 128 / 32 * 16 + thread % 32 / 4;
 }
 
+/* Asks for acc = the tile's rows of phi, or fragments of others, times [H, s]. `multiply` takes 16 features. */
+template <typename T, class Multiply>
+__device__ __forceinline__ void multiply_state(const cluster_plan &plan, float (&acc)[PRODUCTS][4], Multiply multiply) {
+  const uint32_t halves = wgmma_matrix(shared_address(wgmma_memory) + plan.halves, 16);
+  pin(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4 * T::panels; step++)
+#pragma unroll
+    for (int low = 0; low < 2; low++)
+      multiply(step, halves + step / 4 * HALF_ROWS * (ROW / 16) + low * RIGHT_ROWS * (ROW / 16) + step % 4 * 2,
+               step > 0 || low);
+  wgmma_commit();
+}
+
+/* phi^T s of the row whose products are in `acc`, in all lanes of its quad. */
+__device__ __forceinline__ float normalizer_of(const float (&acc)[PRODUCTS][4], int half) {
+  return __shfl_sync(ALL, acc[PRODUCTS - 1][2 * half], own_thread() % 32 & ~3);
+}
+
+/* 16 columns of a row's values, zeros past the last. */
 template <typename T>
-__device__ __forceinline__ void load_values(const lola_device_segment &g, const block_place &block, const tables &t,
-                                            int first_row, row_values *values) {
+__device__ __forceinline__ void load_values(const tables &t, int row, int columns, uint4 (&values)[2]) {
+  const char *value = t.value[row];
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const char *value = t.value[tile_row(first_row) + 8 * half];
-#pragma unroll
-    for (int q = 0; q < 2; q++)
-      values->v[half][q] = load_chunk<T::vector>(value, column_of(q, own_thread() % 4),
-                                                 value ? g.Dv - block.column_block * COLUMNS : 0);
+  for (int q = 0; q < 2; q++) {
+    const int column = column_of(q, own_thread() % 4);
+    if (column < columns) values[q] = load_chunk<T::vector>(value, column, columns);
   }
 }
 
-/* The errors of a tile's rows over this block's columns, from the products, into every block's parts. */
+/* The error of a row over the thread's columns; both sides are lifted by `up`. */
 template <typename T>
-__device__ __forceinline__ void write_parts(const cluster_plan &plan, const block_place &block, int first_row,
-                                            const float (&acc)[PRODUCTS][4], const row_values &values, uint32_t full) {
-  const int c = own_thread() % 4;
+__device__ __forceinline__ float error_of(const float (&acc)[PRODUCTS][4], int half, float z, float up,
+                                          const uint4 (&values)[2]) {
+  const uint4 &a = values[0], &b = values[1];
+  const unsigned pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  const float inverse = z != 0 ? lola_reciprocal(z * up) : 0;
+  float sum[2] = {0, 0};
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint4 &a = values.v[half][0], &b = values.v[half][1];
-    const unsigned pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    const float z = quad_normalizer(acc[PRODUCTS - 1], half);
-    const auto error = [&](float up) {
-      const float inverse = z != 0 ? lola_reciprocal(z * up) : 0;
-      float sum[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float2 value = lola_widen<typename T::element>(pairs[i]);
-        const float x = (acc[i][2 * half] + acc[i + 8][2 * half]) * up;
-        const float y = (acc[i][2 * half + 1] + acc[i + 8][2 * half + 1]) * up;
-        const float dx = fmaf(x, inverse, -value.x), dy = fmaf(y, inverse, -value.y);
-        sum[0] = fmaf(dx, dx, sum[0]);
-        sum[1] = fmaf(dy, dy, sum[1]);
-      }
-      return sum[0] + sum[1];
-    };
-    /* As recall_scale, where the way up is hardly ever taken. */
-    const bool tiny = z != 0 && z < 1e-30f;
-    float part = __any_sync(ALL, tiny) ? error(tiny ? 0x1p64f : 1.0f) : error(1.0f);
-    part += __shfl_xor_sync(ALL, part, 1);
-    part += __shfl_xor_sync(ALL, part, 2);
-    const int at = plan.parts + (block.rank * plan.rows + tile_row(first_row) + 8 * half) * 4;
-    if (plan.blocks == 1) {
-      if (c == 0) word_at(at) = __float_as_uint(part);
-      continue;
-    }
-#pragma unroll 1
-    for (int rank = c; rank < plan.blocks; rank += 4) send(shared_address(wgmma_memory) + at, full, rank, part);
+  for (int i = 0; i < 8; i++) {
+    const float2 value = lola_widen<typename T::element>(pairs[i]);
+    const float dx = fmaf(acc[i][2 * half] * up, inverse, -value.x);
+    const float dy = fmaf(acc[i][2 * half + 1] * up, inverse, -value.y);
+    sum[0] = fmaf(dx, dx, sum[0]);
+    sum[1] = fmaf(dy, dy, sum[1]);
   }
+  return sum[0] + sum[1];
 }
 
-/* All pairs, the warpgroups' tiles in turn. The newcomers come last, they may still be on their way. */
+/* All pairs: the errors over this block's columns, into every block's parts. The warpgroups take tiles in turn, the
+ * newcomers' last. */
 template <typename T>
 __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const cluster_plan &plan,
                                             const block_place &block, const tables &t, int count, uint32_t full) {
+  constexpr int TURN = WALKERS / 128;
   const int slot_tiles = uniform((count + TILE - 1) / TILE), tiles = slot_tiles + plan.newcomers / TILE;
-  const uint32_t halves = wgmma_matrix(shared_address(wgmma_memory) + plan.halves, 16);
+  const int columns = g.Dv - block.column_block * COLUMNS, c = own_thread() % 4;
   const auto first_row = [&](int tile) {
     return tile < slot_tiles ? tile * TILE : plan.slots + (tile - slot_tiles) * TILE;
   };
-  if (plan.blocks > 1 && own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
-  int tile = own_warpgroup();
   bool met = false;
-  row_values next = {};
+  const auto meet_newcomers = [&](int tile) {
+    if (tile >= slot_tiles && !met) {
+      named_barrier_sync(NEWCOMERS, THREADS);
+      met = true;
+    }
+  };
+  if (plan.blocks > 1 && own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
+  uint4 values[2][2] = {};
+  int tile = own_warpgroup();
   if (tile < tiles) {
-    if (tile >= slot_tiles) named_barrier_sync(NEWCOMERS, THREADS);
-    met = tile >= slot_tiles;
-    load_values<T>(g, block, t, first_row(tile), &next);
+    meet_newcomers(tile);
+#pragma unroll
+    for (int half = 0; half < 2; half++) load_values<T>(t, tile_row(first_row(tile)) + 8 * half, columns, values[half]);
   }
 #pragma unroll 1
-  for (; tile < tiles; tile += 2) {
+  for (; tile < tiles; tile += TURN) {
+    const int row = tile_row(first_row(tile)), next_row = tile_row(first_row(tile + TURN));
     const uint32_t phi = wgmma_matrix(shared_address(wgmma_memory) + first_row(tile) * ROW, 16);
     float acc[PRODUCTS][4];
-    pin(acc);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4 * T::panels; step++)
-      multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2,
-                    halves + step / 4 * HALF_ROWS * (ROW / 16) + step % 4 * 2, step > 0);
-    wgmma_commit();
-    /* The next tile's values are on their way while this one's errors are computed. */
-    const row_values values = next;
-    if (tile + 2 < tiles) {
-      if (tile + 2 >= slot_tiles && !met) {
-        named_barrier_sync(NEWCOMERS, THREADS);
-        met = true;
-      }
-      load_values<T>(g, block, t, first_row(tile + 2), &next);
-    }
+    multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
+      multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2, right, accumulate);
+    });
+    const bool more = tile + TURN < tiles;
+    if (more) meet_newcomers(tile + TURN);
     wgmma_wait<0>();
     pin(acc);
-    write_parts<T>(plan, block, first_row(tile), acc, values, full);
+    const float z[2] = {normalizer_of(acc, 0), normalizer_of(acc, 1)};
+    const auto is_tiny = [](float z) { return z != 0 && z < 1e-30f; };
+    const bool tiny = __any_sync(ALL, is_tiny(z[0]) || is_tiny(z[1])); /* as recall_scale, where hardly any is */
+    float part[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      part[half] = tiny ? error_of<T>(acc, half, z[half], is_tiny(z[half]) ? 0x1p64f : 1.0f, values[half])
+                        : error_of<T>(acc, half, z[half], 1.0f, values[half]);
+      /* The next tile's are on their way while this one is finished and that one multiplied. */
+      if (more) load_values<T>(t, next_row + 8 * half, columns, values[half]);
+    }
+#pragma unroll
+    for (int i = 1; i < 4; i *= 2)
+#pragma unroll
+      for (int half = 0; half < 2; half++) part[half] += __shfl_xor_sync(ALL, part[half], i);
+    const int at = plan.parts + (block.rank * plan.rows + row) * 4;
+    if (plan.blocks == 1) {
+      if (c < 2) word_at(at + c * 32) = __float_as_uint(c ? part[1] : part[0]);
+      continue;
+    }
+#pragma unroll 1
+    for (int rank = c; rank < plan.blocks; rank += 4) {
+      send(shared_address(wgmma_memory) + at, full, rank, part[0]);
+      send(shared_address(wgmma_memory) + at + 32, full, rank, part[1]);
+    }
+    __syncwarp();
   }
-  if (!met) named_barrier_arrive(NEWCOMERS, THREADS);
+  if (!met) named_barrier_sync(NEWCOMERS, THREADS);
 }
 
 /* --- phi(q)^T H --------------------------------------------------------------------------------------------------- */
@@ -552,8 +581,9 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
     const char *rows[2];
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      rows[half] = static_cast<const char *>(g.query_phi) +
-                   ((static_cast<int64_t>(unit.span.token) + min(own + 8 * half, end - 1)) * g.Hq + unit.head) * g.F * 2;
+      rows[half] =
+          static_cast<const char *>(g.query_phi) +
+          ((static_cast<int64_t>(unit.span.token) + min(own + 8 * half, end - 1)) * g.Hq + unit.head) * g.F * 2;
     unsigned phi[4 * T::panels][4];
 #pragma unroll
     for (int step = 0; step < 4 * T::panels; step++)
@@ -561,17 +591,14 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
       for (int e = 0; e < 4; e++)
         phi[step][e] = load_word<T::vector>(rows[e % 2], 16 * step + 8 * (e / 2) + 2 * c, g.F);
     float acc[PRODUCTS][4];
-    pin(acc);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < 4 * T::panels; step++)
-      multiply_queries(acc, phi[step], halves + step / 4 * HALF_ROWS * (ROW / 16) + step % 4 * 2, step > 0);
-    wgmma_commit();
+    multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
+      multiply_queries(acc, phi[step], right, accumulate);
+    });
     wgmma_wait<0>();
     pin(acc);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const float z = quad_normalizer(acc[PRODUCTS - 1], half);
+      const float z = normalizer_of(acc, half);
       if (own + 8 * half >= end) continue;
       const int64_t index = (static_cast<int64_t>(unit.span.token) + own + 8 * half) * g.Hq + unit.head;
 #pragma unroll
@@ -580,8 +607,7 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
         float *to = g.recalled + index * g.Dv + column;
         float x[8];
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-          x[e] = acc[4 * q + e / 2][2 * half + e % 2] + acc[4 * q + e / 2 + 8][2 * half + e % 2];
+        for (int e = 0; e < 8; e++) x[e] = acc[4 * q + e / 2][2 * half + e % 2];
 #pragma unroll
         for (int e = 0; e < 8; e += 4)
           if (plan.vector_recalled) {
@@ -619,72 +645,42 @@ __device__ __forceinline__ int64_t position_of(const lola_device_segment &g, con
   return g.sparse_positions[(static_cast<int64_t>(unit.row) * g.S + unit.set) * g.L - code - 1];
 }
 
-/* Adds the parts of the cluster's blocks: column blocks in order, then heads in order. As a key: scores are sums of
- * squares, so that their bits order as they do. */
-__device__ __forceinline__ unsigned sum_parts(const cluster_plan &plan, int row) {
-  constexpr int AHEAD = 8;
-  const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts) + row;
-  float total = 0, head = 0;
-  int column_block = 0;
+/* Adds the parts of the cluster's blocks, column blocks in order, then heads in order, for the thread's rows; as keys:
+ * scores are sums of squares, so that their bits order as they do. */
+__device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cluster_plan &plan, const tables &t,
+                                          int count) {
+  constexpr int OWN = (ROWS_MOST + WALKERS - 1) / WALKERS, AHEAD = 4;
+  const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts);
+  const int thread = own_thread();
+  float total[OWN] = {}, head[OWN] = {};
 #pragma unroll 1
   for (int at = 0; at < plan.blocks; at += AHEAD) {
-    float part[AHEAD];
+    float part[AHEAD][OWN];
 #pragma unroll
-    for (int e = 0; e < AHEAD; e++) part[e] = at + e < plan.blocks ? parts[(at + e) * plan.rows] : 0;
+    for (int e = 0; e < AHEAD; e++)
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        const int row = thread + i * WALKERS;
+        part[e][i] = row < plan.rows && at + e < plan.blocks ? parts[(at + e) * plan.rows + row] : 0;
+      }
 #pragma unroll
     for (int e = 0; e < AHEAD; e++) {
-      if (at + e >= plan.blocks) break;
-      head += part[e];
-      if (++column_block == plan.column_blocks) {
-        total += head;
-        head = 0;
-        column_block = 0;
+      const bool ends = plan.head_ends >> (at + e) & 1;
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        head[i] += part[e][i];
+        total[i] = ends ? total[i] + head[i] : total[i];
+        head[i] = ends ? 0 : head[i];
       }
     }
   }
-  return total == total ? __float_as_uint(total) : HIGHEST;
-}
-
-/* The bin in which the cut falls that `drops` keys are below or in: the bin, keys in bins before it, keys in it. For
- * each warp by itself. */
-struct cut_bin {
-  int bin, before, inside;
-};
-
-__device__ __forceinline__ cut_bin find_bin(const unsigned *histogram, int drops) {
-  const int lane = own_thread() % 32;
-  const uint4 a = reinterpret_cast<const uint4 *>(histogram)[lane];
-  const uint4 b = reinterpret_cast<const uint4 *>(histogram)[lane + 32];
-  const int counts[2][4] = {{static_cast<int>(a.x), static_cast<int>(a.y), static_cast<int>(a.z), static_cast<int>(a.w)},
-                            {static_cast<int>(b.x), static_cast<int>(b.y), static_cast<int>(b.z), static_cast<int>(b.w)}};
-  int own[2], until[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) own[i] = until[i] = counts[i][0] + counts[i][1] + counts[i][2] + counts[i][3];
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2)
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int below = __shfl_up_sync(ALL, until[k], i);
-      if (lane >= i) until[k] += below;
-    }
-  until[1] += __shfl_sync(ALL, until[0], 31);
-  const unsigned first = __ballot_sync(ALL, until[0] >= drops), second = __ballot_sync(ALL, until[1] >= drops);
-  const int k = first ? 0 : 1, owner = __ffs(static_cast<int>(first ? first : second)) - 1;
-  cut_bin cut = {128 * k + 4 * lane, until[k] - own[k], 0};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (cut.inside) continue;
-    if (drops <= cut.before + counts[k][i]) {
-      cut.inside = counts[k][i];
-    } else {
-      cut.before += counts[k][i];
-      cut.bin++;
-    }
+  for (int i = 0; i < OWN; i++) {
+    const int row = thread + i * WALKERS;
+    if (row >= plan.rows) break;
+    const unsigned key = total[i] == total[i] ? __float_as_uint(total[i]) : HIGHEST;
+    t.score[row] = __uint_as_float(is_pair(g, plan, count, row) ? key : UNUSED);
   }
-  cut.bin = __shfl_sync(ALL, cut.bin, owner);
-  cut.before = __shfl_sync(ALL, cut.before, owner);
-  cut.inside = __shfl_sync(ALL, cut.inside, owner);
-  return cut;
 }
 
 /* The first position at or after which exactly `ties` of the pairs with the key `tied` lie. For each warp by itself. */
@@ -692,8 +688,9 @@ __device__ int64_t find_last_positions(const lola_device_segment &g, const clust
                                        const tables &t, int count, unsigned tied, int ties) {
   const int lane = own_thread() % 32;
   const auto of = [&](int row) -> int64_t { /* -1: not among them */
-    if (!is_pair(g, plan, count, row) || __float_as_uint(t.score[row]) != tied) return -1;
-    return position_of(g, unit, t, row);
+                                            if (!is_pair(g, plan, count, row) || __float_as_uint(t.score[row]) != tied)
+                                              return -1;
+                                            return position_of(g, unit, t, row);
   };
   int64_t low = INT64_MAX, high = 0;
   for (int row = lane; row < plan.rows; row += 32) {
@@ -720,105 +717,76 @@ __device__ int64_t find_last_positions(const lola_device_segment &g, const clust
   return low;
 }
 
-/* Finds the `drops` lowest pairs, ties to the later position: t.drop and t.kept. Returns how many slots are freed. The
- * walkers wait for the result. Keys lie in t.score. */
-__device__ __forceinline__ int select_pairs(const lola_device_segment &g, const cluster_plan &plan,
-                                            cluster_shared &shared, const tables &t, int count, int drops) {
-  const int warp = own_thread() / 32, lane = own_thread() % 32;
-  const auto key_of = [&](int row) { return __float_as_uint(t.score[row]); };
-  unsigned low = UNUSED, high = 0;
-#pragma unroll 1
-  for (int row = own_thread(); row < plan.rows; row += WALKERS) {
-    unsigned key = UNUSED;
-    if (is_pair(g, plan, count, row)) {
-      key = sum_parts(plan, row);
-      low = min(low, key);
-      high = max(high, key);
-    }
-    t.score[row] = __uint_as_float(key);
+/* Which rows hold the `drops` lowest keys, ties to the later position: lane l's word is that of rows 32 l and on. For
+ * each warp by itself, which has all keys in registers and counts those below a pivot until it has the cut between
+ * them. `pivot`: where it may lie, and after it where it lay. */
+template <int WORDS>
+__device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, const cluster_plan &plan,
+                                                 const scan_unit &unit, const tables &t, int count, int drops,
+                                                 unsigned *pivot) {
+  const int lane = own_thread() % 32;
+  unsigned key[WORDS], low = UNUSED, high = 0;
+#pragma unroll
+  for (int w = 0; w < WORDS; w++) {
+    key[w] = 32 * w < plan.rows ? __float_as_uint(t.score[32 * w + lane]) : UNUSED;
+    low = min(low, key[w]);
+    high = max(high, key[w] + 1); /* 0 for no pair */
   }
-  if (plan.blocks > 1) tell_cluster(shared_address(&shared.read), plan.blocks);
   low = __reduce_min_sync(ALL, low);
   high = __reduce_max_sync(ALL, high);
-  if (lane == 0) {
-    shared.low[warp] = low;
-    shared.high[warp] = high;
+  int below = 0, until = count + static_cast<int>(g.C); /* keys below `low`, fewer than drops; below `high`, no fewer */
+  unsigned limit = *pivot;
+  bool halve = false;
+#pragma unroll 1
+  while (until != drops && high - low > 1) {
+    limit = max(low + 1, min(high - 1, limit));
+    int n = 0;
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) n += key[w] < limit;
+    n = __reduce_add_sync(ALL, n);
+    if (n < drops) {
+      low = limit;
+      below = n;
+    } else {
+      high = limit;
+      until = n;
+    }
+    /* By turns where it lies if keys are spread evenly, and in the middle. */
+    const float share = static_cast<float>(drops - below) / static_cast<float>(until - below);
+    limit = low + (halve ? (high - low) / 2 : static_cast<unsigned>(static_cast<float>(high - low) * share));
+    halve = !halve;
   }
-  t.histogram[own_thread()] = 0;
-  if (own_thread() == 0) shared.listed = 0;
-  walkers_sync();
-  low = __reduce_min_sync(ALL, shared.low[lane % WARPS]);
-  high = __reduce_max_sync(ALL, shared.high[lane % WARPS]);
-  int left = drops, listed = 0; /* keys below `low` are dropped, of those up to `high` so many, others stay */
-  unsigned limit = low;         /* in the end: keys below it are dropped, and of the listed ones so many */
-  int64_t last = INT64_MAX;     /* and those of the key `limit` at or after this position */
-#pragma unroll 1
-  for (;;) {
-    const int shift = max(0, 24 - __clz(static_cast<int>(high - low))); /* 256 bins hold them all */
-#pragma unroll 1
-    for (int row = own_thread(); row < plan.rows; row += WALKERS) {
-      const unsigned key = key_of(row);
-      if (key >= low && key <= high) atomicAdd(&t.histogram[(key - low) >> shift], 1u);
+  *pivot = high;
+  unsigned own = 0;
+  if (until == drops) {
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+      const unsigned bits = __ballot_sync(ALL, key[w] < high);
+      own = lane == w ? bits : own;
     }
-    walkers_sync();
-    const cut_bin cut = find_bin(t.histogram, left);
-    low += static_cast<unsigned>(cut.bin) << shift;
-    high = min(high, low + ((1u << shift) - 1));
-    left -= cut.before;
-    if (left == cut.inside) {
-      limit = high + 1;
-      break;
-    }
-    limit = low;
-    if (cut.inside <= LISTED) {
-      listed = cut.inside;
-      break;
-    }
-    if (shift == 0) { /* too many of one key for the list */
-      last = find_last_positions(g, plan, shared.unit, t, count, low, left);
-      break;
-    }
-    walkers_sync(); /* the histogram is read */
-    t.histogram[own_thread()] = 0;
-    walkers_sync();
+    return own;
   }
+  /* Too many have the key `low`. */
+  const int64_t last = find_last_positions(g, plan, unit, t, count, low, drops - below);
 #pragma unroll 1
-  for (int word = warp; word < plan.rows / 32; word += WARPS) {
-    const int row = 32 * word + lane;
-    const unsigned key = key_of(row);
-    bool dropped = key < limit;
-    if (last != INT64_MAX && key == limit) dropped = position_of(g, shared.unit, t, row) >= last;
-    const unsigned bits = __ballot_sync(ALL, dropped);
-    if (lane == 0) t.dropped[word] = bits;
-    if (listed && key >= low && key <= high) {
-      const unsigned place = atomicAdd(&shared.listed, 1u);
-      shared.list_key[place] = key;
-      shared.list_row[place] = row;
-    }
+  for (int w = 0; w < plan.rows / 32; w++) {
+    const unsigned one = __float_as_uint(t.score[32 * w + lane]);
+    const unsigned bits =
+        __ballot_sync(ALL, one < low || (one == low && position_of(g, unit, t, 32 * w + lane) >= last));
+    own = lane == w ? bits : own;
   }
-  walkers_sync();
-  /* Every warp by itself: lane l knows word l, and one of the list. */
-  unsigned own = lane < plan.rows / 32 ? t.dropped[lane] : 0;
-  if (listed) {
-    const unsigned key = lane < listed ? shared.list_key[lane] : UNUSED;
-    const int row = lane < listed ? shared.list_row[lane] : 0;
-    int before = 0;
-#pragma unroll 1
-    for (int i = 0; i < listed; i++) {
-      const unsigned other = shared.list_key[i];
-      bool first = other < key;
-      if (other == key && i != lane)
-        first = position_of(g, shared.unit, t, shared.list_row[i]) > position_of(g, shared.unit, t, row);
-      before += first;
-    }
-    unsigned chosen = __ballot_sync(ALL, lane < listed && before < left);
-#pragma unroll 1
-    while (chosen) {
-      const int one = __shfl_sync(ALL, row, __ffs(static_cast<int>(chosen)) - 1);
-      if (lane == one / 32) own |= 1u << (one % 32);
-      chosen &= chosen - 1;
-    }
-  }
+  return own;
+}
+
+/* Finds the `drops` lowest pairs: t.drop, t.kept and shared.freed, for walkers that have waited for each other. Keys
+ * lie in t.score. By the last warpgroup, a warp to each scheduler, which has no state in its registers. */
+__device__ __forceinline__ void list_dropped(const lola_device_segment &g, const cluster_plan &plan,
+                                             cluster_shared &shared, const tables &t, int count, int drops,
+                                             unsigned *pivot) {
+  const int warp = own_thread() % 128 / 32, lane = own_thread() % 32;
+  const unsigned own = plan.rows <= 10 * 32   ? find_dropped<10>(g, plan, shared.unit, t, count, drops, pivot)
+                       : plan.rows <= 18 * 32 ? find_dropped<18>(g, plan, shared.unit, t, count, drops, pivot)
+                                              : find_dropped<32>(g, plan, shared.unit, t, count, drops, pivot);
   int until = __popc(own);
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
@@ -828,7 +796,7 @@ __device__ __forceinline__ int select_pairs(const lola_device_segment &g, const 
   until -= __popc(own); /* dropped before the word */
   const int freed = __shfl_sync(ALL, until, plan.slots / 32);
 #pragma unroll 1
-  for (int word = warp; word < plan.rows / 32; word += WARPS) {
+  for (int word = warp; word < plan.rows / 32; word += 4) {
     const int row = 32 * word + lane;
     const unsigned bits = __shfl_sync(ALL, own, word);
     const int rank = __shfl_sync(ALL, until, word) + __popc(bits & ((1u << lane) - 1));
@@ -839,8 +807,7 @@ __device__ __forceinline__ int select_pairs(const lola_device_segment &g, const 
       t.kept[row - plan.slots - (rank - freed)] = static_cast<uint16_t>(row - plan.slots);
     }
   }
-  walkers_sync();
-  return freed;
+  if (warp == 0 && lane == 0) shared.freed = freed;
 }
 
 /* --- swap --------------------------------------------------------------------------------------------------------- */
@@ -891,8 +858,8 @@ __device__ __forceinline__ void swap_pairs(const lola_device_segment &g, const c
 
 /* While all fit: newcomers take the next slots, unranked. */
 template <typename T>
-__device__ __forceinline__ void enter_all(const lola_device_segment &g, const cluster_plan &plan,
-                                          const scan_unit &unit, const tables &t, int count) {
+__device__ __forceinline__ void enter_all(const lola_device_segment &g, const cluster_plan &plan, const scan_unit &unit,
+                                          const tables &t, int count) {
   const int C = static_cast<int>(g.C);
   for (int i = own_thread(); unit.folds && i < C * T::phi_pieces; i += WALKERS)
     piece_at(phi_at(plan, count + i / T::phi_pieces, i % T::phi_pieces)) =
@@ -913,24 +880,21 @@ __device__ __forceinline__ void fold_newcomers(const lola_device_segment &g, con
   const int warp = own_thread() / 32, lane = own_thread() % 32;
   const int panel = own_warpgroup();
   const uint32_t base = shared_address(wgmma_memory);
-  /* s of 64 rows: two features to a lane, rows by four lanes in turn. */
+  /* s of 64 rows, by the last warpgroup: two features to a lane, rows by two lanes, fours in turn. */
   const auto fold_normalizer = [&](int first) {
-    const int word = 8 * warp + lane % 8;
-    if (word >= 32 * T::panels) return;
+    const int word = warp % 4 * 16 + lane % 16;
+    if (warp % 4 * 16 >= 32 * T::panels) return;
     float x = 0, y = 0;
-#pragma unroll 4
-    for (int j = lane / 8; j < TILE; j += 4) {
-      const float2 pair =
-          lola_widen<__nv_bfloat16>(word_at(phi_at(plan, plan.slots + first + j, word / 4) + word % 4 * 4));
+#pragma unroll 8
+    for (int j = 0; j < TILE / 2; j++) {
+      const int row = plan.slots + first + j / 4 * 8 + lane / 16 * 4 + j % 4;
+      const float2 pair = lola_widen<__nv_bfloat16>(word_at(phi_at(plan, row, word / 4) + word % 4 * 4));
       x += pair.x;
       y += pair.y;
     }
-#pragma unroll
-    for (int i = 8; i < 32; i *= 2) {
-      x += __shfl_xor_sync(ALL, x, i);
-      y += __shfl_xor_sync(ALL, y, i);
-    }
-    if (lane >= 8) return;
+    x += __shfl_xor_sync(ALL, x, 16);
+    y += __shfl_xor_sync(ALL, y, 16);
+    if (lane >= 16) return;
     x = t.normalizer[2 * word] += x;
     y = t.normalizer[2 * word + 1] += y;
     store_normalizer(plan, word, x, y);
@@ -938,7 +902,7 @@ __device__ __forceinline__ void fold_newcomers(const lola_device_segment &g, con
 #pragma unroll 1
   for (int first = 0; first < plan.newcomers; first += TILE) {
     if (!has_state<T>()) {
-      fold_normalizer(first);
+      if (panel == WALKERS / 128 - 1) fold_normalizer(first);
       continue;
     }
     const uint32_t phi = wgmma_matrix(base + (panel * plan.rows + plan.slots + first) * ROW, plan.rows * ROW);
@@ -955,7 +919,6 @@ __device__ __forceinline__ void fold_newcomers(const lola_device_segment &g, con
     for (int step = 0; step < 4; step++)
       multiply_fold(acc, phi + step * ROW, values + step * ROW, is_half<T> || step > 0);
     wgmma_commit();
-    fold_normalizer(first);
     wgmma_wait<0>();
     pin(acc);
 #pragma unroll
@@ -994,7 +957,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   for (int i = own_thread(); i < plan.rows; i += THREADS) {
     const bool pair = i < count;
     t.code[i] = -i - 1;
-    t.value[i] = pair ? row_of(g, unit, 1, -i - 1) + block.column_block * COLUMNS * 2 : nullptr;
+    t.value[i] = (pair ? row_of(g, unit, 1, -i - 1) : unit.sources[1][1].data) + block.column_block * COLUMNS * 2;
     t.score[i] = pair ? g.sparse_scores[group * g.L + i] : NAN;
   }
   for (int i = own_thread(); unit.folds && i < count * T::phi_pieces; i += THREADS)
@@ -1032,8 +995,8 @@ __device__ __forceinline__ chunk_work work_of(const lola_device_segment &g, cons
   chunk_work work;
   work.updates = uniform(chunk <= unit.last && chunk > unit.span.updated && lola_device_leaving_first(g, chunk) >= 0);
   work.selects = work.updates && uniform(progress.count + g.C > g.L);
-  work.recalls = uniform(progress.recall_first < progress.recall_end && progress.folded &&
-                         g.mixing != LOLA_MIXING_CACHE_ONLY);
+  work.recalls =
+      uniform(progress.recall_first < progress.recall_end && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY);
   return work;
 }
 
@@ -1056,18 +1019,24 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
   __syncthreads();
   const scan_unit &unit = shared.unit;
   const int64_t first = unit.span.position / g.C, last = unit.last;
+  newcomer_pieces<T> pieces;
+  chunk_work work = work_of(g, unit, progress, first);
+  ask_newcomers<T>(g, block, unit, first, 0, work.updates, &pieces);
 #pragma unroll 1
   for (int64_t chunk = first;; chunk++) {
-    const chunk_work work = work_of(g, unit, progress, chunk);
-    if (chunk > first) {
-      named_barrier_sync(CHUNK, THREADS);
-      if (record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
-    }
+    if (chunk > first) named_barrier_sync(CHUNK, THREADS);
     if (work.updates) {
-      fetch_newcomers<T>(g, plan, block, unit, t, chunk);
+      put_newcomers<T>(g, plan, block, unit, t, chunk, 0, pieces);
+#pragma unroll 1
+      for (int more = TILE; more < g.C; more += TILE) {
+        ask_newcomers<T>(g, block, unit, chunk, more, true, &pieces);
+        put_newcomers<T>(g, plan, block, unit, t, chunk, more, pieces);
+      }
+      fence_async_proxy();
       named_barrier_arrive(NEWCOMERS, THREADS);
     }
-    /* The chunk before still sees this state. */
+    /* The chunk before still sees these tables and this state. */
+    if (chunk > first && record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
     if (work.recalls)
       recall_tokens<T>(g, plan, block, unit, progress);
     else
@@ -1075,6 +1044,8 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
     if (chunk > last) break;
     named_barrier_arrive(HALVES, THREADS);
     advance(g, unit, work, chunk, record, &progress);
+    work = work_of(g, unit, progress, chunk + 1);
+    ask_newcomers<T>(g, block, unit, chunk + 1, 0, work.updates, &pieces);
   }
   cluster_arrive();
   cluster_wait();
@@ -1086,6 +1057,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
                                           const block_place &block, cluster_shared &shared, const tables &t,
                                           unsigned *rounds, int row, int set, int record) {
   cluster_progress progress = {};
+  unsigned pivot = 0; /* the last cut between keys */
   hidden_part h = {};
   begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
   const scan_unit &unit = shared.unit;
@@ -1109,8 +1081,12 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
       else
         walkers_sync();
       ++*rounds;
-      const int freed = select_pairs(g, plan, shared, t, count, drops);
-      named_barrier_sync(HALVES, THREADS);
+      sum_parts(g, plan, t, count);
+      if (plan.blocks > 1) tell_cluster(read, plan.blocks);
+      walkers_sync();
+      if (own_warpgroup() == WALKERS / 128 - 1) list_dropped(g, plan, shared, t, count, drops, &pivot);
+      named_barrier_sync(HALVES, THREADS); /* and what was dropped is known */
+      const int freed = shared.freed;
       swap_pairs<T>(g, plan, block, t, count, drops, freed);
       fence_async_proxy();
       walkers_sync();
@@ -1163,13 +1139,11 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {
-    give_registers<HELPER_REGISTERS>();
-    for_each_unit<THREADS>(g, plan.groups, group, record, shared.rows, shared.row_count,
-                           [&](int row, int set) { help_unit<T>(g, plan, block, shared, t, row, set, record); });
+    for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count,
+                                [&](int row, int set) { help_unit<T>(g, plan, block, shared, t, row, set, record); });
   } else {
-    take_registers<WALKER_REGISTERS>();
     unsigned rounds = 0; /* of the cluster's barriers */
-    for_each_unit<THREADS>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
+    for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
       walk_unit<T>(g, plan, block, shared, t, &rounds, row, set, record);
     });
   }
