@@ -29,11 +29,14 @@ namespace {
 namespace wgmma_scan {
 
 constexpr int WALKERS = 384, WARPS = WALKERS / 32, HELPERS = 128, THREADS = WALKERS + HELPERS;
-constexpr int COLUMNS = 64;                                       /* of H, to a block */
-constexpr int TILE = 64;                                          /* rows */
-constexpr int ROW = 128;                                          /* bytes of a row in a panel */
-constexpr int RIGHT_ROWS = COLUMNS + 8, NORMALIZER_ROW = COLUMNS; /* of a right-hand matrix: H, s and zeros */
-constexpr int HALF_ROWS = 2 * RIGHT_ROWS;                         /* the high one and then the low one */
+constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8, WALKER_REGISTERS = 136, HELPER_REGISTERS = 104;
+static_assert(WALKERS * WALKER_REGISTERS + HELPERS * HELPER_REGISTERS <= THREADS * LAUNCH_REGISTERS);
+constexpr int COLUMNS = 64; /* of H, to a block */
+constexpr int TILE = 64;    /* rows */
+constexpr int ROW = 128;    /* bytes of a row in a panel */
+constexpr int RIGHT_ROWS = COLUMNS + 8,
+              NORMALIZER_ROW = COLUMNS;   /* of a right-hand matrix: H, then s by turns with zeros */
+constexpr int HALF_ROWS = 2 * RIGHT_ROWS; /* the high one and then the low one */
 constexpr int PRODUCTS = RIGHT_ROWS / 8;
 constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
 constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
@@ -69,6 +72,7 @@ __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, 
 
 struct cluster_shared {
   uint64_t full, read; /* barriers: parts are there, and were read by the cluster's warps */
+  uint64_t newcomers;  /* the helper's warps have put them in place */
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
@@ -107,14 +111,15 @@ __device__ __forceinline__ int own_thread() { return static_cast<int>(lola_threa
 
 __device__ __forceinline__ int own_warpgroup() { return uniform(own_thread() / 128); }
 
-/* Stores into the shared memory of the cluster's block `rank`, at this block's address, and counts the bytes at a
- * barrier there. The store is on its way when this returns; who waits for the barrier sees it. */
-__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, int rank, float x) {
-  asm volatile("{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\n"
-               "mapa.shared::cluster.u32 full, %1, %2;\n"
-               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [full];\n}" ::"r"(address),
-               "r"(barrier), "r"(rank), "f"(x)
-               : "memory");
+/* Stores into the shared memory of the cluster's block `rank`, if there is one, at this block's address, and counts the
+ * bytes at a barrier there. The store is on its way when this returns; who waits for the barrier sees it. */
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, int rank, int blocks, float x) {
+  asm volatile(
+      "{\n.reg .b32 there, full;\n.reg .pred is;\nsetp.lt.s32 is, %2, %4;\n"
+      "@is mapa.shared::cluster.u32 there, %0, %2;\n@is mapa.shared::cluster.u32 full, %1, %2;\n"
+      "@is st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [full];\n}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(x), "r"(blocks)
+      : "memory");
 }
 
 /* Other blocks see barriers that were made. */
@@ -193,10 +198,10 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
 
 /* --- who waits for whom in a block -------------------------------------------------------------------------------- */
 
-/* In each chunk: the helper arrives at NEWCOMERS once they are in place (if the chunk has an update) and at HALVES once
- * it needs neither the old halves nor the old tables; walkers wait there before they read the ones and change the
- * others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
-enum { NEWCOMERS = 1, WALK = 2, CHUNK = 3, HALVES = 4 };
+/* In each chunk: the helper arrives at the barrier `newcomers` once they are in place (if the chunk has an update) and
+ * at HALVES once it needs neither the old halves nor the old tables; walkers wait there before they read the ones and
+ * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
+enum { WALK = 1, CHUNK = 2, HALVES = 3 };
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
@@ -262,6 +267,11 @@ struct cluster_progress {
   int recall_first, recall_end; /* tokens of the span whose phi(q)^T H is still to be written */
 };
 
+/* How often the kernel's barriers have come round. */
+struct cluster_turns {
+  unsigned rankings, updates;
+};
+
 /* What there is to do when a chunk begins. */
 struct chunk_work {
   bool updates, selects; /* pairs leave the window; some of them or of the slots are dropped */
@@ -302,27 +312,40 @@ __device__ __forceinline__ int newcomer_code(const lola_device_segment &g, const
   return static_cast<int>(lola_device_leaving_first(g, chunk) - unit.base);
 }
 
+/* Asks for a piece of each of the pairs `code` + first, `code` + first + step, ...: of phi (`which` = 0) or of the
+ * values, 8 elements from element `column` on of those that begin `offset` bytes into a row and are `columns`. */
+template <typename T, int N>
+__device__ __forceinline__ void ask_pieces(const lola_device_segment &g, const scan_unit &unit, int which, int code,
+                                           int first, int step, int offset, int column, int columns,
+                                           uint4 (&pieces)[N]) {
+  const int C = static_cast<int>(g.C), R = static_cast<int>(g.R);
+  if (code >= R) { /* tokens of the call, as most are */
+    const row_source &source = unit.sources[which][2];
+    const char *row = source.data + (code - R + first) * source.stride + offset;
+#pragma unroll
+    for (int i = 0; i < N; i++, row += step * source.stride)
+      if (first + i * step < C) pieces[i] = load_chunk<T::vector>(row, column, columns);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int j = first + i * step;
+    if (j < C) pieces[i] = load_chunk<T::vector>(row_of(g, unit, which, code + j) + offset, column, columns);
+  }
+}
+
 /* Asks for the pairs that leave when `chunk` begins, from the `first` of them on; nothing if it has no update. */
 template <typename T>
 __device__ __forceinline__ void ask_newcomers(const lola_device_segment &g, const block_place &block,
                                               const scan_unit &unit, int64_t chunk, int first, bool updates,
                                               newcomer_pieces<T> *pieces) {
-  const int helper = own_thread() - WALKERS, C = static_cast<int>(g.C), code = newcomer_code(g, unit, chunk);
+  const int helper = own_thread() - WALKERS, code = newcomer_code(g, unit, chunk), begin = block.column_block * COLUMNS;
   *pieces = {}; /* so that nothing of the last ones is kept in registers */
   if (!unit.folds || !updates) return;
-  constexpr int phi_step = newcomer_pieces<T>::phi_step, value_step = newcomer_pieces<T>::value_step;
-#pragma unroll
-  for (int i = 0; i < TILE / phi_step; i++) {
-    const int j = first + helper / T::phi_pieces + i * phi_step;
-    if (j < C) pieces->phi[i] = load_chunk<T::vector>(row_of(g, unit, 0, code + j), helper % T::phi_pieces * 8, g.F);
-  }
-#pragma unroll
-  for (int i = 0; i < TILE / value_step; i++) {
-    const int j = first + helper / T::value_pieces + i * value_step, column = block.column_block * COLUMNS;
-    if (j < C)
-      pieces->values[i] =
-          load_chunk<T::vector>(row_of(g, unit, 1, code + j) + column * 2, helper % T::value_pieces * 8, g.Dv - column);
-  }
+  ask_pieces<T>(g, unit, 0, code, first + helper / T::phi_pieces, newcomer_pieces<T>::phi_step, 0,
+                helper % T::phi_pieces * 8, g.F, pieces->phi);
+  ask_pieces<T>(g, unit, 1, code, first + helper / T::value_pieces, newcomer_pieces<T>::value_step, begin * 2,
+                helper % T::value_pieces * 8, g.Dv - begin, pieces->values);
 }
 
 /* Puts them into the newcomers' rows. */
@@ -380,12 +403,16 @@ __device__ __forceinline__ void store_halves(const cluster_plan &plan, const hid
   }
 }
 
-/* The halves of s at features 2 i and 2 i + 1. */
+/* The halves of s at features 2 i and 2 i + 1, four times, so that every lane of a quad has phi^T s among its products.
+ */
 __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i, float x, float y) {
   unsigned hi, lo;
   lola_split_pair(x, y, &hi, &lo);
-  word_at(half_at(plan, NORMALIZER_ROW, i / 4) + i % 4 * 4) = hi;
-  word_at(half_at(plan, RIGHT_ROWS + NORMALIZER_ROW, i / 4) + i % 4 * 4) = lo;
+#pragma unroll
+  for (int n = NORMALIZER_ROW; n < RIGHT_ROWS; n += 2) {
+    word_at(half_at(plan, n, i / 4) + i % 4 * 4) = hi;
+    word_at(half_at(plan, RIGHT_ROWS + n, i / 4) + i % 4 * 4) = lo;
+  }
 }
 
 template <typename T>
@@ -444,7 +471,8 @@ __device__ __forceinline__ int tile_row(int first_row) {
 /* Asks for acc = the tile's rows of phi, or fragments of others, times [H, s]. `multiply` takes 16 features. */
 template <typename T, class Multiply>
 __device__ __forceinline__ void multiply_state(const cluster_plan &plan, float (&acc)[PRODUCTS][4], Multiply multiply) {
-  const uint32_t halves = wgmma_matrix(shared_address(wgmma_memory) + plan.halves, 16);
+  uint32_t halves = wgmma_matrix(shared_address(wgmma_memory) + plan.halves, 16);
+  asm volatile("" : "+r"(halves)); /* so that not each step's place is kept in a register of its own */
   pin(acc);
   wgmma_fence();
 #pragma unroll
@@ -456,19 +484,30 @@ __device__ __forceinline__ void multiply_state(const cluster_plan &plan, float (
   wgmma_commit();
 }
 
-/* phi^T s of the row whose products are in `acc`, in all lanes of its quad. */
+/* phi^T s of the row whose products are in `acc`. */
 __device__ __forceinline__ float normalizer_of(const float (&acc)[PRODUCTS][4], int half) {
-  return __shfl_sync(ALL, acc[PRODUCTS - 1][2 * half], own_thread() % 32 & ~3);
+  return acc[PRODUCTS - 1][2 * half];
 }
 
-/* 16 columns of a row's values, zeros past the last. */
-template <typename T>
-__device__ __forceinline__ void load_values(const tables &t, int row, int columns, uint4 (&values)[2]) {
-  const char *value = t.value[row];
+/* Of a thread's two rows of a tile, 16 columns each. */
+struct row_values {
+  const char *from[2]; /* the block's columns */
+  uint4 v[2][2];       /* zeros past the last column */
+};
+
+__device__ __forceinline__ void find_values(const tables &t, int row, row_values *values) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) values->from[half] = t.value[row + 8 * half];
+}
+
+template <typename T> __device__ __forceinline__ void ask_values(int columns, row_values *values) {
 #pragma unroll
   for (int q = 0; q < 2; q++) {
     const int column = column_of(q, own_thread() % 4);
-    if (column < columns) values[q] = load_chunk<T::vector>(value, column, columns);
+    if (column < columns)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        values->v[half][q] = load_chunk<T::vector>(values->from[half], column, columns);
   }
 }
 
@@ -495,68 +534,64 @@ __device__ __forceinline__ float error_of(const float (&acc)[PRODUCTS][4], int h
  * newcomers' last. */
 template <typename T>
 __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const cluster_plan &plan,
-                                            const block_place &block, const tables &t, int count, uint32_t full) {
+                                            const block_place &block, const tables &t, int count, uint32_t full,
+                                            uint32_t newcomers, unsigned parity) {
   constexpr int TURN = WALKERS / 128;
   const int slot_tiles = uniform((count + TILE - 1) / TILE), tiles = slot_tiles + plan.newcomers / TILE;
-  const int columns = g.Dv - block.column_block * COLUMNS, c = own_thread() % 4;
-  const auto first_row = [&](int tile) {
-    return tile < slot_tiles ? tile * TILE : plan.slots + (tile - slot_tiles) * TILE;
-  };
-  bool met = false;
+  const int columns = g.Dv - block.column_block * COLUMNS, c = own_thread() % 4, own_row = tile_row(0);
+  const int apart = plan.slots - slot_tiles * TILE; /* rows between the slots in use and the newcomers */
+  const auto first_row = [&](int tile) { return tile * TILE + (tile < slot_tiles ? 0 : apart); };
   const auto meet_newcomers = [&](int tile) {
-    if (tile >= slot_tiles && !met) {
-      named_barrier_sync(NEWCOMERS, THREADS);
-      met = true;
-    }
+    if (tile >= slot_tiles) barrier_wait(newcomers, parity);
   };
   if (plan.blocks > 1 && own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
-  uint4 values[2][2] = {};
+  row_values values = {};
   int tile = own_warpgroup();
   if (tile < tiles) {
     meet_newcomers(tile);
-#pragma unroll
-    for (int half = 0; half < 2; half++) load_values<T>(t, tile_row(first_row(tile)) + 8 * half, columns, values[half]);
+    find_values(t, first_row(tile) + own_row, &values);
+    ask_values<T>(columns, &values);
   }
 #pragma unroll 1
   for (; tile < tiles; tile += TURN) {
-    const int row = tile_row(first_row(tile)), next_row = tile_row(first_row(tile + TURN));
-    const uint32_t phi = wgmma_matrix(shared_address(wgmma_memory) + first_row(tile) * ROW, 16);
+    const int first = first_row(tile);
+    const uint32_t phi = wgmma_matrix(shared_address(wgmma_memory) + first * ROW, 16);
     float acc[PRODUCTS][4];
     multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
       multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2, right, accumulate);
     });
     const bool more = tile + TURN < tiles;
-    if (more) meet_newcomers(tile + TURN);
+    if (more) {
+      meet_newcomers(tile + TURN);
+      find_values(t, first_row(tile + TURN) + own_row, &values);
+    }
+    const uint32_t at = shared_address(wgmma_memory) + plan.parts + (block.rank * plan.rows + first + own_row) * 4;
     wgmma_wait<0>();
     pin(acc);
     const float z[2] = {normalizer_of(acc, 0), normalizer_of(acc, 1)};
-    const auto is_tiny = [](float z) { return z != 0 && z < 1e-30f; };
-    const bool tiny = __any_sync(ALL, is_tiny(z[0]) || is_tiny(z[1])); /* as recall_scale, where hardly any is */
+    const bool tiny[2] = {z[0] != 0 && z[0] < 1e-30f, z[1] != 0 && z[1] < 1e-30f};
     float part[2];
+    if (__any_sync(ALL, tiny[0] || tiny[1])) { /* as recall_scale, where hardly any is */
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      part[half] = tiny ? error_of<T>(acc, half, z[half], is_tiny(z[half]) ? 0x1p64f : 1.0f, values[half])
-                        : error_of<T>(acc, half, z[half], 1.0f, values[half]);
-      /* The next tile's are on their way while this one is finished and that one multiplied. */
-      if (more) load_values<T>(t, next_row + 8 * half, columns, values[half]);
+      for (int half = 0; half < 2; half++)
+        part[half] = error_of<T>(acc, half, z[half], tiny[half] ? 0x1p64f : 1.0f, values.v[half]);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; half++) part[half] = error_of<T>(acc, half, z[half], 1.0f, values.v[half]);
     }
-#pragma unroll
-    for (int i = 1; i < 4; i *= 2)
-#pragma unroll
-      for (int half = 0; half < 2; half++) part[half] += __shfl_xor_sync(ALL, part[half], i);
-    const int at = plan.parts + (block.rank * plan.rows + row) * 4;
+    if (more) ask_values<T>(columns, &values); /* on their way while the tile is multiplied */
+    /* Over the quad; lanes 0 and 2 then have the one row, 1 and 3 the other. */
+    float sum = (c % 2 ? part[1] : part[0]) + __shfl_xor_sync(ALL, c % 2 ? part[0] : part[1], 1);
+    sum += __shfl_xor_sync(ALL, sum, 2);
     if (plan.blocks == 1) {
-      if (c < 2) word_at(at + c * 32) = __float_as_uint(c ? part[1] : part[0]);
+      if (c < 2) word_at(plan.parts + (first + own_row + 8 * c) * 4) = __float_as_uint(sum);
       continue;
     }
 #pragma unroll 1
-    for (int rank = c; rank < plan.blocks; rank += 4) {
-      send(shared_address(wgmma_memory) + at, full, rank, part[0]);
-      send(shared_address(wgmma_memory) + at + 32, full, rank, part[1]);
-    }
-    __syncwarp();
+    for (int rank = 0; rank < plan.blocks; rank += 8)
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) send(at + c % 2 * 32, full, rank + i + c / 2, plan.blocks, sum);
   }
-  if (!met) named_barrier_sync(NEWCOMERS, THREADS);
 }
 
 /* --- phi(q)^T H --------------------------------------------------------------------------------------------------- */
@@ -568,31 +603,40 @@ template <bool VECTOR> __device__ __forceinline__ unsigned load_word(const char 
   return (k < n ? __ldg(x) : 0u) | (k + 1 < n ? static_cast<unsigned>(__ldg(x + 1)) << 16 : 0u);
 }
 
-/* Of the pending tokens. The helpers. */
+/* Fragments of phi(q) of 64 pending tokens. */
+template <typename T> struct query_fragments { unsigned x[4 * T::panels][4]; };
+
+/* Asks for those of the pending tokens from `first` on. */
 template <typename T>
-__device__ __forceinline__ void recall_tokens(const lola_device_segment &g, const cluster_plan &plan,
-                                              const block_place &block, const scan_unit &unit,
-                                              const cluster_progress &progress) {
-  const int lane = own_thread() % 32, c = lane % 4, end = uniform(progress.recall_end);
-  const uint32_t halves = wgmma_matrix(shared_address(wgmma_memory) + plan.halves, 16);
-#pragma unroll 1
-  for (int first = uniform(progress.recall_first); first < end; first += TILE) {
-    const int own = tile_row(first);
-    const char *rows[2];
+__device__ __forceinline__ void ask_queries(const lola_device_segment &g, const scan_unit &unit, int first, int end,
+                                            query_fragments<T> *phi) {
+  const int own = tile_row(first), c = own_thread() % 4;
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      rows[half] =
-          static_cast<const char *>(g.query_phi) +
-          ((static_cast<int64_t>(unit.span.token) + min(own + 8 * half, end - 1)) * g.Hq + unit.head) * g.F * 2;
-    unsigned phi[4 * T::panels][4];
+  for (int half = 0; half < 2; half++) {
+    const int64_t token = static_cast<int64_t>(unit.span.token) + min(own + 8 * half, end - 1);
+    const char *row = static_cast<const char *>(g.query_phi) + (token * g.Hq + unit.head) * g.F * 2;
 #pragma unroll
     for (int step = 0; step < 4 * T::panels; step++)
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        phi[step][e] = load_word<T::vector>(rows[e % 2], 16 * step + 8 * (e / 2) + 2 * c, g.F);
+      for (int e = 0; e < 2; e++)
+        phi->x[step][half + 2 * e] = load_word<T::vector>(row, 16 * step + 8 * e + 2 * c, g.F);
+  }
+}
+
+/* Of the pending tokens; the fragments of the first 64 are on their way. The helpers. */
+template <typename T>
+__device__ __forceinline__ void recall_tokens(const lola_device_segment &g, const cluster_plan &plan,
+                                              const block_place &block, const scan_unit &unit,
+                                              const cluster_progress &progress, query_fragments<T> *phi) {
+  const int lane = own_thread() % 32, c = lane % 4, end = uniform(progress.recall_end);
+  const int begin = uniform(progress.recall_first);
+#pragma unroll 1
+  for (int first = begin; first < end; first += TILE) {
+    const int own = tile_row(first);
+    if (first > begin) ask_queries<T>(g, unit, first, end, phi);
     float acc[PRODUCTS][4];
     multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
-      multiply_queries(acc, phi[step], right, accumulate);
+      multiply_queries(acc, phi->x[step], right, accumulate);
     });
     wgmma_wait<0>();
     pin(acc);
@@ -740,10 +784,11 @@ __device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, c
 #pragma unroll 1
   while (until != drops && high - low > 1) {
     limit = max(low + 1, min(high - 1, limit));
-    int n = 0;
+    int counts[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) n += key[w] < limit;
-    n = __reduce_add_sync(ALL, n);
+    for (int w = 0; w < WORDS; w++) counts[w % 4] += key[w] < limit;
+    const int n = static_cast<int>(
+        __reduce_add_sync(ALL, static_cast<unsigned>(counts[0] + counts[1] + (counts[2] + counts[3]))));
     if (n < drops) {
       low = limit;
       below = n;
@@ -752,7 +797,7 @@ __device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, c
       until = n;
     }
     /* By turns where it lies if keys are spread evenly, and in the middle. */
-    const float share = static_cast<float>(drops - below) / static_cast<float>(until - below);
+    const float share = __fdividef(static_cast<float>(drops - below), static_cast<float>(until - below));
     limit = low + (halve ? (high - low) / 2 : static_cast<unsigned>(static_cast<float>(high - low) * share));
     halve = !halve;
   }
@@ -780,13 +825,12 @@ __device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, c
 
 /* Finds the `drops` lowest pairs: t.drop, t.kept and shared.freed, for walkers that have waited for each other. Keys
  * lie in t.score. By the last warpgroup, a warp to each scheduler, which has no state in its registers. */
+template <int WORDS>
 __device__ __forceinline__ void list_dropped(const lola_device_segment &g, const cluster_plan &plan,
                                              cluster_shared &shared, const tables &t, int count, int drops,
                                              unsigned *pivot) {
   const int warp = own_thread() % 128 / 32, lane = own_thread() % 32;
-  const unsigned own = plan.rows <= 10 * 32   ? find_dropped<10>(g, plan, shared.unit, t, count, drops, pivot)
-                       : plan.rows <= 18 * 32 ? find_dropped<18>(g, plan, shared.unit, t, count, drops, pivot)
-                                              : find_dropped<32>(g, plan, shared.unit, t, count, drops, pivot);
+  const unsigned own = find_dropped<WORDS>(g, plan, shared.unit, t, count, drops, pivot);
   int until = __popc(own);
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
@@ -795,15 +839,15 @@ __device__ __forceinline__ void list_dropped(const lola_device_segment &g, const
   }
   until -= __popc(own); /* dropped before the word */
   const int freed = __shfl_sync(ALL, until, plan.slots / 32);
-#pragma unroll 1
-  for (int word = warp; word < plan.rows / 32; word += 4) {
-    const int row = 32 * word + lane;
+#pragma unroll
+  for (int i = 0; i < (WORDS + 3) / 4; i++) {
+    const int word = 4 * i + warp, row = 32 * word + lane;
     const unsigned bits = __shfl_sync(ALL, own, word);
     const int rank = __shfl_sync(ALL, until, word) + __popc(bits & ((1u << lane) - 1));
     const bool dropped = bits >> lane & 1;
     if (row < plan.slots) {
       if (dropped) t.drop[rank] = static_cast<uint16_t>(row);
-    } else if (row - plan.slots < g.C && !dropped) {
+    } else if (row - plan.slots < static_cast<int>(g.C) && !dropped) {
       t.kept[row - plan.slots - (rank - freed)] = static_cast<uint16_t>(row - plan.slots);
     }
   }
@@ -1020,6 +1064,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
   const scan_unit &unit = shared.unit;
   const int64_t first = unit.span.position / g.C, last = unit.last;
   newcomer_pieces<T> pieces;
+  query_fragments<T> queries;
   chunk_work work = work_of(g, unit, progress, first);
   ask_newcomers<T>(g, block, unit, first, 0, work.updates, &pieces);
 #pragma unroll 1
@@ -1033,18 +1078,21 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
         put_newcomers<T>(g, plan, block, unit, t, chunk, more, pieces);
       }
       fence_async_proxy();
-      named_barrier_arrive(NEWCOMERS, THREADS);
+      __syncwarp();
+      if (own_thread() % 32 == 0) barrier_arrive(shared_address(&shared.newcomers));
     }
     /* The chunk before still sees these tables and this state. */
     if (chunk > first && record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
     if (work.recalls)
-      recall_tokens<T>(g, plan, block, unit, progress);
+      recall_tokens<T>(g, plan, block, unit, progress, &queries);
     else
       recall_nothing(g, block, unit, progress);
     if (chunk > last) break;
     named_barrier_arrive(HALVES, THREADS);
     advance(g, unit, work, chunk, record, &progress);
     work = work_of(g, unit, progress, chunk + 1);
+    queries = {};
+    if (work.recalls) ask_queries<T>(g, unit, progress.recall_first, progress.recall_end, &queries);
     ask_newcomers<T>(g, block, unit, chunk + 1, 0, work.updates, &pieces);
   }
   cluster_arrive();
@@ -1055,7 +1103,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
 template <typename T>
 __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cluster_plan &plan,
                                           const block_place &block, cluster_shared &shared, const tables &t,
-                                          unsigned *rounds, int row, int set, int record) {
+                                          cluster_turns *turns, int row, int set, int record) {
   cluster_progress progress = {};
   unsigned pivot = 0; /* the last cut between keys */
   hidden_part h = {};
@@ -1067,24 +1115,32 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
   fence_async_proxy();
   __syncthreads();
   const int64_t folded_before = progress.folded, last = unit.last;
-  const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read);
+  const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
+                 newcomers = shared_address(&shared.newcomers);
 #pragma unroll 1
   for (int64_t chunk = unit.span.position / g.C; chunk <= last; chunk++) {
     const chunk_work work = work_of(g, unit, progress, chunk);
     const int count = progress.count, drops = count + static_cast<int>(g.C) - g.L;
     if (work.selects) {
       /* A block that has no others in its cluster needs no barriers of the cluster. */
-      if (plan.blocks > 1 && *rounds) barrier_wait(read, *rounds - 1 & 1);
-      score_pairs<T>(g, plan, block, t, count, full);
+      if (plan.blocks > 1 && turns->rankings) barrier_wait(read, (turns->rankings - 1) & 1);
+      score_pairs<T>(g, plan, block, t, count, full, newcomers, turns->updates & 1);
       if (plan.blocks > 1)
-        barrier_wait(full, *rounds & 1);
+        barrier_wait(full, turns->rankings & 1);
       else
         walkers_sync();
-      ++*rounds;
+      turns->rankings++;
       sum_parts(g, plan, t, count);
       if (plan.blocks > 1) tell_cluster(read, plan.blocks);
       walkers_sync();
-      if (own_warpgroup() == WALKERS / 128 - 1) list_dropped(g, plan, shared, t, count, drops, &pivot);
+      if (own_warpgroup() == WALKERS / 128 - 1) {
+        if (plan.rows <= 10 * 32)
+          list_dropped<10>(g, plan, shared, t, count, drops, &pivot);
+        else if (plan.rows <= 18 * 32)
+          list_dropped<18>(g, plan, shared, t, count, drops, &pivot);
+        else
+          list_dropped<32>(g, plan, shared, t, count, drops, &pivot);
+      }
       named_barrier_sync(HALVES, THREADS); /* and what was dropped is known */
       const int freed = shared.freed;
       swap_pairs<T>(g, plan, block, t, count, drops, freed);
@@ -1092,13 +1148,14 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
       walkers_sync();
       fold_newcomers<T>(g, plan, t, &h);
     } else {
-      if (work.updates) named_barrier_sync(NEWCOMERS, THREADS);
+      if (work.updates) barrier_wait(newcomers, turns->updates & 1);
       named_barrier_sync(HALVES, THREADS);
       if (work.updates) enter_all<T>(g, plan, unit, t, count);
     }
     fence_async_proxy();
     walkers_sync();
     named_barrier_arrive(CHUNK, THREADS);
+    turns->updates += work.updates;
     advance(g, unit, work, chunk, record, &progress);
   }
   cluster_arrive();
@@ -1132,6 +1189,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   if (own_thread() == 0) {
     barrier_init(shared_address(&shared.full), 1);
     barrier_init(shared_address(&shared.read), plan.blocks * WARPS);
+    barrier_init(shared_address(&shared.newcomers), HELPERS / 32);
     fence_barrier_init();
   }
   lola_device_await_previous();
@@ -1139,12 +1197,14 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {
+    give_registers<HELPER_REGISTERS>();
     for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count,
                                 [&](int row, int set) { help_unit<T>(g, plan, block, shared, t, row, set, record); });
   } else {
-    unsigned rounds = 0; /* of the cluster's barriers */
+    take_registers<WALKER_REGISTERS>();
+    cluster_turns turns = {};
     for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
-      walk_unit<T>(g, plan, block, shared, t, &rounds, row, set, record);
+      walk_unit<T>(g, plan, block, shared, t, &turns, row, set, record);
     });
   }
 #endif
