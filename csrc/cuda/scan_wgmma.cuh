@@ -76,7 +76,7 @@ struct cluster_shared {
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
-  int freed; /* slots, at this ranking */
+  unsigned dropped[ROWS_MOST / 32]; /* a bit for each row */
 };
 
 template <typename Element, int FEATURE_PANELS, bool VECTOR_ROWS> struct wgmma_kind {
@@ -203,6 +203,16 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
  * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
 enum { WALK = 1, CHUNK = 2, HALVES = 3 };
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
+
+/* Walkers wait for each other, and know for how many of them it is so. */
+__device__ __forceinline__ int walkers_count(bool is) {
+  int count;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbarrier.cta.red.popc.aligned.u32 %0, %2, %3, p;\n}"
+               : "=r"(count)
+               : "r"(static_cast<int>(is)), "n"(static_cast<int>(WALK)), "n"(WALKERS)
+               : "memory");
+  return count;
+}
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
 
@@ -689,21 +699,24 @@ __device__ __forceinline__ int64_t position_of(const lola_device_segment &g, con
   return g.sparse_positions[(static_cast<int64_t>(unit.row) * g.S + unit.set) * g.L - code - 1];
 }
 
+/* A walker's rows: own_thread() and every WALKERS-th from there. */
+constexpr int OWN_ROWS = (ROWS_MOST + WALKERS - 1) / WALKERS;
+
 /* Adds the parts of the cluster's blocks, column blocks in order, then heads in order, for the thread's rows; as keys:
  * scores are sums of squares, so that their bits order as they do. */
 __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cluster_plan &plan, const tables &t,
-                                          int count) {
-  constexpr int OWN = (ROWS_MOST + WALKERS - 1) / WALKERS, AHEAD = 4;
+                                          int count, unsigned (&key)[OWN_ROWS]) {
+  constexpr int AHEAD = 4;
   const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts);
   const int thread = own_thread();
-  float total[OWN] = {}, head[OWN] = {};
+  float total[OWN_ROWS] = {}, head[OWN_ROWS] = {};
 #pragma unroll 1
   for (int at = 0; at < plan.blocks; at += AHEAD) {
-    float part[AHEAD][OWN];
+    float part[AHEAD][OWN_ROWS];
 #pragma unroll
     for (int e = 0; e < AHEAD; e++)
 #pragma unroll
-      for (int i = 0; i < OWN; i++) {
+      for (int i = 0; i < OWN_ROWS; i++) {
         const int row = thread + i * WALKERS;
         part[e][i] = row < plan.rows && at + e < plan.blocks ? parts[(at + e) * plan.rows + row] : 0;
       }
@@ -711,7 +724,7 @@ __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cl
     for (int e = 0; e < AHEAD; e++) {
       const bool ends = plan.head_ends >> (at + e) & 1;
 #pragma unroll
-      for (int i = 0; i < OWN; i++) {
+      for (int i = 0; i < OWN_ROWS; i++) {
         head[i] += part[e][i];
         total[i] = ends ? total[i] + head[i] : total[i];
         head[i] = ends ? 0 : head[i];
@@ -719,11 +732,11 @@ __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cl
     }
   }
 #pragma unroll
-  for (int i = 0; i < OWN; i++) {
+  for (int i = 0; i < OWN_ROWS; i++) {
     const int row = thread + i * WALKERS;
-    if (row >= plan.rows) break;
-    const unsigned key = total[i] == total[i] ? __float_as_uint(total[i]) : HIGHEST;
-    t.score[row] = __uint_as_float(is_pair(g, plan, count, row) ? key : UNUSED);
+    key[i] = total[i] == total[i] ? __float_as_uint(total[i]) : HIGHEST;
+    if (row >= plan.rows || !is_pair(g, plan, count, row)) key[i] = UNUSED;
+    if (row < plan.rows) t.score[row] = __uint_as_float(key[i]);
   }
 }
 
@@ -761,34 +774,29 @@ __device__ int64_t find_last_positions(const lola_device_segment &g, const clust
   return low;
 }
 
-/* Which rows hold the `drops` lowest keys, ties to the later position: lane l's word is that of rows 32 l and on. For
- * each warp by itself, which has all keys in registers and counts those below a pivot until it has the cut between
- * them. `pivot`: where it may lie, and after it where it lay. */
-template <int WORDS>
-__device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, const cluster_plan &plan,
-                                                 const scan_unit &unit, const tables &t, int count, int drops,
-                                                 unsigned *pivot) {
-  const int lane = own_thread() % 32;
-  unsigned key[WORDS], low = UNUSED, high = 0;
-#pragma unroll
-  for (int w = 0; w < WORDS; w++) {
-    key[w] = 32 * w < plan.rows ? __float_as_uint(t.score[32 * w + lane]) : UNUSED;
-    low = min(low, key[w]);
-    high = max(high, key[w] + 1); /* 0 for no pair */
-  }
-  low = __reduce_min_sync(ALL, low);
-  high = __reduce_max_sync(ALL, high);
+/* Where the cut between keys was found, and how far from the one before: what the next search begins with. */
+struct last_cut {
+  unsigned key, distance;
+};
+
+/* Finds the `drops` lowest pairs, ties to the later position: t.drop and t.kept, for who waits for the walkers. Returns
+ * how many slots are freed. Walkers count the keys below a pivot until it has the cut between them. */
+__device__ __forceinline__ int list_dropped(const lola_device_segment &g, const cluster_plan &plan,
+                                            cluster_shared &shared, const tables &t, int count, int drops,
+                                            const unsigned (&key)[OWN_ROWS], last_cut *cut) {
+  constexpr unsigned LEAST_DISTANCE = 1 << 12, END = HIGHEST + 1;
+  const int warp = own_thread() / 32, lane = own_thread() % 32;
+  unsigned low = 0, high = END;
   int below = 0, until = count + static_cast<int>(g.C); /* keys below `low`, fewer than drops; below `high`, no fewer */
-  unsigned limit = *pivot;
+  unsigned limit = cut->key, step = cut->distance;
   bool halve = false;
 #pragma unroll 1
   while (until != drops && high - low > 1) {
     limit = max(low + 1, min(high - 1, limit));
-    int counts[4] = {0, 0, 0, 0};
+    int n = 0;
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) counts[w % 4] += key[w] < limit;
-    const int n = static_cast<int>(
-        __reduce_add_sync(ALL, static_cast<unsigned>(counts[0] + counts[1] + (counts[2] + counts[3]))));
+    for (int i = 0; i < OWN_ROWS; i++)
+      if (i * WALKERS < plan.rows) n += walkers_count(key[i] < limit);
     if (n < drops) {
       low = limit;
       below = n;
@@ -796,54 +804,46 @@ __device__ __forceinline__ unsigned find_dropped(const lola_device_segment &g, c
       high = limit;
       until = n;
     }
+    if (high == END || !low) { /* steps that grow, until it lies between two pivots */
+      limit = low ? low + min(step, high - low) : high - min(step, high);
+      step *= 4;
+      continue;
+    }
     /* By turns where it lies if keys are spread evenly, and in the middle. */
     const float share = __fdividef(static_cast<float>(drops - below), static_cast<float>(until - below));
     limit = low + (halve ? (high - low) / 2 : static_cast<unsigned>(static_cast<float>(high - low) * share));
     halve = !halve;
   }
-  *pivot = high;
-  unsigned own = 0;
-  if (until == drops) {
+  cut->distance = max(LEAST_DISTANCE, (high > cut->key ? high - cut->key : cut->key - high) / 2);
+  cut->key = high;
+  /* Where too many have the key `low`: those at or after this position. */
+  int64_t last = INT64_MAX;
+  if (until != drops) last = find_last_positions(g, plan, shared.unit, t, count, low, drops - below);
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) {
-      const unsigned bits = __ballot_sync(ALL, key[w] < high);
-      own = lane == w ? bits : own;
-    }
-    return own;
+  for (int i = 0; i < OWN_ROWS; i++) {
+    const int word = i * WARPS + warp;
+    if (32 * word >= plan.rows) break;
+    bool dropped = key[i] < (until == drops ? high : low);
+    if (last != INT64_MAX && key[i] == low) dropped = position_of(g, shared.unit, t, 32 * word + lane) >= last;
+    const unsigned bits = __ballot_sync(ALL, dropped);
+    if (lane == 0) shared.dropped[word] = bits;
   }
-  /* Too many have the key `low`. */
-  const int64_t last = find_last_positions(g, plan, unit, t, count, low, drops - below);
-#pragma unroll 1
-  for (int w = 0; w < plan.rows / 32; w++) {
-    const unsigned one = __float_as_uint(t.score[32 * w + lane]);
-    const unsigned bits =
-        __ballot_sync(ALL, one < low || (one == low && position_of(g, unit, t, 32 * w + lane) >= last));
-    own = lane == w ? bits : own;
-  }
-  return own;
-}
-
-/* Finds the `drops` lowest pairs: t.drop, t.kept and shared.freed, for walkers that have waited for each other. Keys
- * lie in t.score. By the last warpgroup, a warp to each scheduler, which has no state in its registers. */
-template <int WORDS>
-__device__ __forceinline__ void list_dropped(const lola_device_segment &g, const cluster_plan &plan,
-                                             cluster_shared &shared, const tables &t, int count, int drops,
-                                             unsigned *pivot) {
-  const int warp = own_thread() % 128 / 32, lane = own_thread() % 32;
-  const unsigned own = find_dropped<WORDS>(g, plan, shared.unit, t, count, drops, pivot);
-  int until = __popc(own);
+  walkers_sync();
+  const unsigned own = 32 * lane < plan.rows ? shared.dropped[lane] : 0;
+  int before = __popc(own);
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
-    const int below = __shfl_up_sync(ALL, until, i);
-    if (lane >= i) until += below;
+    const int below_it = __shfl_up_sync(ALL, before, i);
+    if (lane >= i) before += below_it;
   }
-  until -= __popc(own); /* dropped before the word */
-  const int freed = __shfl_sync(ALL, until, plan.slots / 32);
+  before -= __popc(own); /* dropped before the word */
+  const int freed = __shfl_sync(ALL, before, plan.slots / 32);
 #pragma unroll
-  for (int i = 0; i < (WORDS + 3) / 4; i++) {
-    const int word = 4 * i + warp, row = 32 * word + lane;
+  for (int i = 0; i < OWN_ROWS; i++) {
+    const int word = i * WARPS + warp, row = 32 * word + lane;
+    if (32 * word >= plan.rows) break;
     const unsigned bits = __shfl_sync(ALL, own, word);
-    const int rank = __shfl_sync(ALL, until, word) + __popc(bits & ((1u << lane) - 1));
+    const int rank = __shfl_sync(ALL, before, word) + __popc(bits & ((1u << lane) - 1));
     const bool dropped = bits >> lane & 1;
     if (row < plan.slots) {
       if (dropped) t.drop[rank] = static_cast<uint16_t>(row);
@@ -851,7 +851,7 @@ __device__ __forceinline__ void list_dropped(const lola_device_segment &g, const
       t.kept[row - plan.slots - (rank - freed)] = static_cast<uint16_t>(row - plan.slots);
     }
   }
-  if (warp == 0 && lane == 0) shared.freed = freed;
+  return freed;
 }
 
 /* --- swap --------------------------------------------------------------------------------------------------------- */
@@ -1105,7 +1105,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
                                           const block_place &block, cluster_shared &shared, const tables &t,
                                           cluster_turns *turns, int row, int set, int record) {
   cluster_progress progress = {};
-  unsigned pivot = 0; /* the last cut between keys */
+  last_cut cut = {1, 1u << 22};
   hidden_part h = {};
   begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
   const scan_unit &unit = shared.unit;
@@ -1130,19 +1130,11 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
       else
         walkers_sync();
       turns->rankings++;
-      sum_parts(g, plan, t, count);
+      unsigned key[OWN_ROWS];
+      sum_parts(g, plan, t, count, key);
       if (plan.blocks > 1) tell_cluster(read, plan.blocks);
-      walkers_sync();
-      if (own_warpgroup() == WALKERS / 128 - 1) {
-        if (plan.rows <= 10 * 32)
-          list_dropped<10>(g, plan, shared, t, count, drops, &pivot);
-        else if (plan.rows <= 18 * 32)
-          list_dropped<18>(g, plan, shared, t, count, drops, &pivot);
-        else
-          list_dropped<32>(g, plan, shared, t, count, drops, &pivot);
-      }
-      named_barrier_sync(HALVES, THREADS); /* and what was dropped is known */
-      const int freed = shared.freed;
+      const int freed = list_dropped(g, plan, shared, t, count, drops, key, &cut);
+      named_barrier_sync(HALVES, THREADS); /* and what is dropped is listed */
       swap_pairs<T>(g, plan, block, t, count, drops, freed);
       fence_async_proxy();
       walkers_sync();
