@@ -5,8 +5,14 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, commit_sparse apart: so a kernel that has started knows
- * that all but the last one or two before it have ended. Decoding's main kernel builds on that. */
+ * lola_device_start_next comes after lola_device_await_previous, commit and kernels beside others apart: so a kernel that
+ * has started knows that all but the last one or two before it have ended. Decoding's main kernel builds on that.
+ *
+ * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets the
+ * next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that do
+ * not await it (lola_device_begin and lola_device_end, `beside`). They may touch nothing that any of the others writes,
+ * and write nothing that any of them touches; whatever came before these has ended. The last block of each awaits the
+ * kernel before it after its own work: so who awaits the last of them has awaited them all. */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 
@@ -25,6 +31,21 @@ static __device__ __forceinline__ void lola_device_start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/* The beginning of a kernel that may run beside the one before it. The fence keeps it from reading what its
+ * multiprocessor may still hold of memory that has been written since: awaiting does so otherwise. */
+static __device__ __forceinline__ void lola_device_begin(int beside) {
+  if (beside)
+    __threadfence();
+  else
+    lola_device_await_previous();
+  lola_device_start_next();
+}
+
+/* And its end, in every block: the last one to start is the one to wait. */
+static __device__ __forceinline__ void lola_device_end(int beside) {
+  if (beside && blockIdx.x + 1 == gridDim.x) lola_device_await_previous();
 }
 
 /* Whether kernels of this build wait on the current device: not where older code was translated for a newer device. */

@@ -3,6 +3,7 @@
  * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
  * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
+ * Where keys and values go to others than those that the segment read (`next`), what stays in its place is copied too.
  * Both give each row a few blocks whose teams share its work; a row without work costs a block one look at its span.
  * Both are launched chained, and let the next kernel start at once: decoding waits for them where it matters. */
 #include "chain.cuh"
@@ -19,6 +20,11 @@ constexpr int64_t MOST_BLOCKS = 512;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
   return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
+}
+
+/* Whether `next` is another copy of the cache's pairs. */
+__host__ __device__ __forceinline__ bool carries(const lola_device_segment &g) {
+  return g.next.window_keys != g.window_keys;
 }
 
 __host__ __device__ __forceinline__ int64_t runs_of(int64_t slots) { return (slots + TEAM_SLOTS - 1) / TEAM_SLOTS; }
@@ -60,7 +66,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int row = blockIdx.x / blocks_per_row;
   lola_device_await_previous();
   const lola_device_span span = g.spans[row];
-  if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
+  const bool updated = span.tokens && (span.position + span.tokens - 1) / g.C > span.updated, carry = carries(g);
+  if (!updated && !carry) return;
   const int member = threadIdx.x % TEAM;
   const unsigned team = 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
@@ -71,16 +78,18 @@ __global__ void __launch_bounds__(THREADS, 4)
     const int set = static_cast<int>(i / runs);
     const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * TEAM_SLOTS;
     const int64_t count = g.sparse_count[group];
-    const int code = member < TEAM_SLOTS && first + member < count ? g.slot_source[group * g.L + first + member] : -1;
+    const int own = static_cast<int>(first) + member; /* whose source this lane looks up */
+    const bool used = member < TEAM_SLOTS && own < count;
+    const int code = used && updated ? g.slot_source[group * g.L + own] : -own - 1;
 #pragma unroll 1
-    for (int j = 0; j < TEAM_SLOTS; j++) {
+    for (int j = 0; j < TEAM_SLOTS && first + j < count; j++) {
       const int source = __shfl_sync(team, code, j, TEAM);
-      if (source < 0) continue;
+      if (source < 0 && !carry) continue;
       const int64_t slot = group * g.L + first + j;
-      copy_pair(static_cast<char *>(g.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
-                key_bytes, static_cast<char *>(g.sparse_values) + slot * value_bytes,
+      copy_pair(static_cast<char *>(g.next.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
+                key_bytes, static_cast<char *>(g.next.sparse_values) + slot * value_bytes,
                 lola_device_value(g, span, row, set, source), value_bytes);
-      for (int h = set * g.rs; g.stores_features && h < (set + 1) * g.rs; h++) {
+      for (int h = set * g.rs; source >= 0 && g.stores_features && h < (set + 1) * g.rs; h++) {
         const int64_t head = static_cast<int64_t>(row) * g.Hq + h, bytes = g.F * lola_device_item(type);
         char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + j) * bytes;
         if (source < g.R)
@@ -103,20 +112,24 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
   lola_device_await_previous();
   const lola_device_span span = g.spans[row];
-  if (span.tokens == 0) return;
+  const bool carry = carries(g);
+  if (span.tokens == 0 && !carry) return;
   const int member = threadIdx.x % TEAM, sets = g.S / g.Hkv;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
-  const int64_t begin = span.tokens > g.R ? span.tokens - g.R : 0;
+  /* Tokens of the span, and with `carry` those before it. */
+  const int64_t begin = max(span.tokens - g.R, carry ? -span.position : INT64_C(0));
   const lola_dtype type = feature_type(g);
   for (int64_t i = static_cast<int64_t>(part) * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
        i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
     const int kv_head = static_cast<int>(i % g.Hkv);
     const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
     const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
-    copy_pair(static_cast<char *>(g.window_keys) + at * key_bytes,
-              lola_device_at(g.k, span.batch, span.first + t, kv_head), key_bytes,
-              static_cast<char *>(g.window_values) + at * value_bytes,
-              lola_device_at(g.v, span.batch, span.first + t, kv_head), value_bytes);
+    const int code = static_cast<int>(g.R + t);
+    copy_pair(static_cast<char *>(g.next.window_keys) + at * key_bytes,
+              lola_device_key(g, span, row, kv_head * sets, code), key_bytes,
+              static_cast<char *>(g.next.window_values) + at * value_bytes,
+              lola_device_value(g, span, row, kv_head * sets, code), value_bytes);
+    if (t < 0) continue;
     for (int s = member; g.scores.data && s < sets; s += TEAM) {
       const int64_t set = static_cast<int64_t>(kv_head) * sets + s;
       float sum = 0;
@@ -129,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, 4)
                         ((static_cast<int64_t>(row) * g.Hq + h) * g.R + slot) * g.F * lola_device_item(type),
                     type, lola_device_at(g.k_features, span.batch, span.first + t, h), g.k_features.dtype, g.F);
   }
-  if (part == 0 && threadIdx.x == 0) {
+  if (span.tokens && part == 0 && threadIdx.x == 0) {
     const int64_t chunk = (span.position + span.tokens - 1) / g.C;
     g.tokens_seen[row] = span.position + span.tokens;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
@@ -162,7 +175,7 @@ lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStre
 
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
   if (!segment->B) return LOLA_OK;
-  const int64_t tokens = segment->tokens < segment->R ? segment->tokens : segment->R;
+  const int64_t tokens = segment->tokens < segment->R && !carries(*segment) ? segment->tokens : segment->R;
   const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
   lola_status status = check_batch(segment->B, blocks, message);
   if (status) return status;
