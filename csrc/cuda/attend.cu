@@ -6,7 +6,9 @@
  *   mma      16-bit, D and Dv multiples of 16 up to 256; attend_mma.cuh
  *   generic  all types and sizes, float32 sums and products; attend_generic.cuh
  * A row of a kernel's matrices is a (token, query head) of a set, so that the heads that share pairs share their loads.
- * Logits, sums and the mix with recalled / z are float32; the fast kernels round exponentials to the values' type. */
+ * Logits, sums and the mix with recalled / z are float32; the fast kernels round exponentials to the values' type.
+ * Launched chained beside a scan, and else the ordinary way: blocks that only wait would hold multiprocessors that
+ * others could use. */
 #include "attend_generic.cuh"
 #include "attend_mma.cuh"
 #include "attend_wgmma.cuh"
@@ -66,8 +68,8 @@ lola_status launch_mma(const lola_device_segment &g, const segment_grid &grid, i
   if (blocks > INT32_MAX) return too_large(message);
   auto kernel = attend_mma_kernel<T, DP, MT, BN, BLOCKS>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
-  cudaError_t error = lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), MMA_THREADS, layout::BYTES,
-                                               stream, g, scale_of(g.scale), grid.parts, tiles, beside);
+  cudaError_t error = lola_cuda_launch(beside, kernel, static_cast<unsigned>(blocks), MMA_THREADS, layout::BYTES,
+                                       stream, g, scale_of(g.scale), grid.parts, tiles, beside);
   return lola_cuda_launched(error, "attend_mma", message);
 }
 
@@ -94,8 +96,8 @@ lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid,
   if (blocks > items) blocks = items;
   auto kernel = attend_wgmma_kernel<T, DP, WGS, SUBS>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
-  cudaError_t error = lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES,
-                                               stream, g, scale_of(g.scale), grid.parts, tiles, items, beside);
+  cudaError_t error = lola_cuda_launch(beside, kernel, static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES,
+                                       stream, g, scale_of(g.scale), grid.parts, tiles, items, beside);
   return lola_cuda_launched(error, "attend_wgmma", message);
 }
 
@@ -148,9 +150,8 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int bes
                 : choose_mma<__nv_bfloat16>(g, grid, beside, stream, message);
   }
   int64_t blocks = grid.lists * grid.parts * g.rs;
-  cudaError_t error =
-      lola_cuda_launch_chained(attend_generic_kernel<segment_blocks>, generic_grid(blocks), GENERIC_THREADS, 0, stream,
-                               segment_blocks{g, grid.parts}, blocks, beside);
+  cudaError_t error = lola_cuda_launch(beside, attend_generic_kernel<segment_blocks>, generic_grid(blocks),
+                                       GENERIC_THREADS, 0, stream, segment_blocks{g, grid.parts}, blocks, beside);
   return lola_cuda_launched(error, "attend_generic", message);
 }
 
@@ -160,7 +161,8 @@ lola_status lola_cuda_attend(const lola_attend_call *call, int device, void *str
   int64_t parts = (call->T + BLOCK_TOKENS - 1) / BLOCK_TOKENS, blocks = call->B * call->Hq * parts;
   if (!blocks || !call->Dv) return LOLA_OK;
   if (parts > INT32_MAX) return too_large(message);
-  attend_generic_kernel<<<generic_grid(blocks), GENERIC_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-      step_blocks{*call, static_cast<int>(parts)}, blocks, 0);
-  return lola_cuda_launched("attend_generic", message);
+  cudaError_t error =
+      lola_cuda_launch(false, attend_generic_kernel<step_blocks>, generic_grid(blocks), GENERIC_THREADS, 0,
+                       static_cast<cudaStream_t>(stream), step_blocks{*call, static_cast<int>(parts)}, blocks, 0);
+  return lola_cuda_launched(error, "attend_generic", message);
 }

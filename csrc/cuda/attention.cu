@@ -13,9 +13,8 @@
 namespace {
 
 constexpr int THREADS = 256;
-/* Tokens of all rows that scratch has room for, more or less: enough to fill the device. They are one segment, or two
- * that are worked on at a time. */
-constexpr int64_t SCRATCH_TOKENS = 8192;
+/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
+constexpr int64_t SEGMENT_TOKENS = 8192;
 
 /* --- the plan ------------------------------------------------------------------------------------------------------ */
 
@@ -199,15 +198,18 @@ prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
   prefill_plan plan = {rows.tokens, g.B, 0, 0, rows.cu_seqlens.data != nullptr, false};
   if (plan.packed) plan.batch = 1;
   plan.overlaps = lola_cuda_scan_leaves_room(&g);
-  int64_t longest = SCRATCH_TOKENS / (plan.overlaps ? 2 : 1) / plan.batch;
-  if (longest < 64) longest = 64;
+  int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
   /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
   int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
   if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
-  /* Of one length, more or less, in whole chunks if they fit. */
-  plan.segments = (rows.tokens + longest - 1) / longest;
-  plan.count = (rows.tokens + plan.segments * g.C - 1) / (plan.segments * g.C) * g.C;
-  if (plan.count > longest) plan.count = longest;
+  plan.count = longest;
+  if (plan.overlaps) {
+    /* Segments of one length but the last, which is half as long: nothing runs beside its attend. In whole chunks, where
+     * these fit. */
+    const int64_t halves = 2 * ((rows.tokens + longest / 2 - 1) / longest) + 1;
+    plan.count = (2 * rows.tokens + halves * g.C - 1) / (halves * g.C) * g.C;
+    if (plan.count > longest) plan.count = longest;
+  }
   if (plan.count > rows.tokens) plan.count = rows.tokens;
   plan.segments = (rows.tokens + plan.count - 1) / plan.count;
   plan.overlaps &= plan.segments > 1;

@@ -74,9 +74,10 @@ static inline unsigned lola_cuda_chain_attribute(const void *kernel, cudaLaunchA
   return lola_cuda_can_chain(kernel) ? 1 : 0;
 }
 
+/* Launches a kernel chained, or the ordinary way. */
 template <class... P, class... A>
-cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
-                                     cudaStream_t stream, A... arguments) {
+cudaError_t lola_cuda_launch(bool chained, void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
+                             cudaStream_t stream, A... arguments) {
   cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -84,8 +85,14 @@ cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = lola_cuda_chain_attribute(reinterpret_cast<const void *>(kernel), &attribute);
+  config.numAttrs = chained ? lola_cuda_chain_attribute(reinterpret_cast<const void *>(kernel), &attribute) : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+}
+
+template <class... P, class... A>
+cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
+                                     cudaStream_t stream, A... arguments) {
+  return lola_cuda_launch(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 #endif

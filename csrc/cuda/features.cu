@@ -374,25 +374,33 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
   constexpr int ROWS = tensor_tile<PRODUCTS>::ROWS;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ uint8_t folds[KNOWN_ROWS];
-  lola_device_begin(job.beside);
   const lola_device_segment &g = job.g;
   const int pitch = lola_padded(g.D, 64), M = job.projection;
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
-  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
-  for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
-  __syncwarp();
   const int64_t total = job.tiles * g.Hq, queries = job.tiles - job.query_tiles;
   int64_t index = total * blockIdx.x / gridDim.x;
   const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
+  /* Of the tile at `i`, and of those behind it up to the head's queries or their end. */
+  const auto asks_at = [&](int64_t i) { return i % job.tiles >= queries; };
+  const auto load_weights_at = [&](int64_t i) {
+    const float *w = !asks_at(i) && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
+    load_weights<PRODUCTS * 8>(w + i / job.tiles * g.D * M, g.D, M, pitch, hi, lo);
+  };
+  /* Weights are the caller's, and need not await what comes earlier in a call; in decoding few steps need them. */
+  bool loaded = g.longest > 1;
+  if (loaded) load_weights_at(index);
+  lola_device_begin(job.beside);
+  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
+  for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
+  __syncwarp();
   int hint = 0;
   while (index < end) {
     const int head = static_cast<int>(index / job.tiles);
-    const bool asks = index % job.tiles >= queries; /* the run is one of queries */
+    const bool asks = asks_at(index); /* the run is one of queries */
     const int64_t run = min(end, head * job.tiles + (asks ? job.tiles : queries));
     const bool vector = asks ? job.vector_q : job.vector_x;
-    const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
     /* This lane's row of the warp's next tile with work. */
     int64_t at = index + warp;
     const char *from;
@@ -417,8 +425,11 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
     lola_copy_commit();
     __syncthreads(); /* the last run's weights were read */
-    load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
-    __syncthreads();
+    if (!loaded) {
+      load_weights_at(index);
+      __syncthreads();
+    }
+    loaded = false;
     while (more) {
       char *const now = to;
       more = seek();
@@ -691,7 +702,9 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
-  const int blocks = static_cast<int>(total < most ? total : most);
+  int blocks = static_cast<int>(total < most ? total : most);
+  /* Of few tiles a block takes those of one head, so that it loads weights once. */
+  if (warps && blocks > g.Hq && total <= most * warps) blocks -= blocks % g.Hq;
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
                                     : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
