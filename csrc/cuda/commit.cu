@@ -1,11 +1,12 @@
 /* commit: what a segment leaves behind in the cache's buffers, after every kernel that reads their old content.
  *
- * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
+ * The sparse part copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
- * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
- * Where keys and values go to others than those that the segment read (`next`), what stays in its place is copied too.
- * Both give each row a few blocks whose teams share its work; a row without work costs a block one look at its span.
- * Both are launched chained, and let the next kernel start at once: decoding waits for them where it matters. */
+ * The window part copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
+ * Where keys and values go to others than those that the segment read (`next`), what stays in its place is copied too;
+ * then one launch does both parts. Else the sparse part reads what the window part overwrites, and comes first.
+ * Each part gives a row a few blocks whose teams share its work; a row without work costs a block one look at its span.
+ * Launched chained, the kernel lets the next one start at once: decoding waits for it where it matters. */
 #include "chain.cuh"
 #include "segment.cuh"
 
@@ -16,7 +17,7 @@ constexpr int THREADS = 256;
 constexpr int TEAM = 16, TEAMS = THREADS / TEAM, TEAM_SLOTS = 2;
 /* Blocks of all rows together, at most, as long as each row has one: few enough to run at once, since most steps of
  * decoding have no work for them. */
-constexpr int64_t MOST_BLOCKS = 512;
+constexpr int64_t MOST_BLOCKS = 384;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
   return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
@@ -60,12 +61,9 @@ __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, cons
   for (int f = threadIdx.x % TEAM; f < F; f += TEAM) lola_device_store(to, f, to_type, lola_device_load(from, f, type));
 }
 
-__global__ void __launch_bounds__(THREADS, 4)
-    commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
-  lola_device_start_next();
-  const int row = blockIdx.x / blocks_per_row;
-  lola_device_await_previous();
-  const lola_device_span span = g.spans[row];
+/* Part `part` of `parts` of a row's sparse slots. */
+__device__ __forceinline__ void commit_sparse(const lola_device_segment &g, const lola_device_span &span, int row,
+                                              int part, int parts) {
   const bool updated = span.tokens && (span.position + span.tokens - 1) / g.C > span.updated, carry = carries(g);
   if (!updated && !carry) return;
   const int member = threadIdx.x % TEAM;
@@ -73,8 +71,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
   const int64_t runs = runs_of(g.L);
   const lola_dtype type = feature_type(g);
-  for (int64_t i = blockIdx.x % blocks_per_row * TEAMS + threadIdx.x / TEAM; i < runs * g.S;
-       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
+  for (int64_t i = part * TEAMS + threadIdx.x / TEAM; i < runs * g.S; i += static_cast<int64_t>(parts) * TEAMS) {
     const int set = static_cast<int>(i / runs);
     const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * TEAM_SLOTS;
     const int64_t count = g.sparse_count[group];
@@ -105,13 +102,9 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-/* A team writes one token of one KV head at a time. */
-__global__ void __launch_bounds__(THREADS, 4)
-    commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
-  lola_device_start_next();
-  const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
-  lola_device_await_previous();
-  const lola_device_span span = g.spans[row];
+/* The same of its ring. A team writes one token of one KV head at a time. */
+__device__ __forceinline__ void commit_window(const lola_device_segment &g, const lola_device_span &span, int row,
+                                              int part, int parts) {
   const bool carry = carries(g);
   if (span.tokens == 0 && !carry) return;
   const int member = threadIdx.x % TEAM, sets = g.S / g.Hkv;
@@ -119,8 +112,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   /* Tokens of the span, and with `carry` those before it. */
   const int64_t begin = max(span.tokens - g.R, carry ? -span.position : INT64_C(0));
   const lola_dtype type = feature_type(g);
-  for (int64_t i = static_cast<int64_t>(part) * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
-       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
+  for (int64_t i = part * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
+       i += static_cast<int64_t>(parts) * TEAMS) {
     const int kv_head = static_cast<int>(i % g.Hkv);
     const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
     const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
@@ -149,6 +142,19 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
+/* A row has blocks for its sparse slots, then blocks for its ring. */
+__global__ void __launch_bounds__(THREADS, 3)
+    commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks) {
+  lola_device_start_next();
+  const int blocks = sparse_blocks + window_blocks, row = blockIdx.x / blocks, part = blockIdx.x % blocks;
+  lola_device_await_previous();
+  const lola_device_span span = g.spans[row];
+  if (part < sparse_blocks)
+    commit_sparse(g, span, row, part, sparse_blocks);
+  else
+    commit_window(g, span, row, part - sparse_blocks, window_blocks);
+}
+
 /* Blocks per row for work that keeps so many teams of it busy. */
 int blocks_for(int64_t teams, int B) {
   int64_t blocks = (teams + TEAMS - 1) / TEAMS, most = MOST_BLOCKS / B;
@@ -156,30 +162,39 @@ int blocks_for(int64_t teams, int B) {
   return blocks < 1 ? 1 : static_cast<int>(blocks);
 }
 
-lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
-  if (static_cast<int64_t>(B) * blocks_per_row <= INT64_C(0x7fffffff)) return LOLA_OK;
-  return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", B);
+int sparse_blocks_for(const lola_device_segment &g) { return g.L ? blocks_for(runs_of(g.L) * g.S, g.B) : 0; }
+
+int window_blocks_for(const lola_device_segment &g) {
+  const int64_t tokens = g.tokens < g.R && !carries(g) ? g.tokens : g.R;
+  return blocks_for(tokens * g.Hkv, g.B);
+}
+
+lola_status launch(const lola_device_segment &g, int sparse_blocks, int window_blocks, cudaStream_t stream,
+                   lola_message *message) {
+  const int64_t blocks = static_cast<int64_t>(g.B) * (sparse_blocks + window_blocks);
+  if (!blocks) return LOLA_OK;
+  if (blocks > INT64_C(0x7fffffff))
+    return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", g.B);
+  return lola_cuda_launched(lola_cuda_launch_chained(commit_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream,
+                                                     g, sparse_blocks, window_blocks),
+                            "commit", message);
 }
 
 } // namespace
 
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  if (!segment->B || !segment->L) return LOLA_OK;
-  const int blocks = blocks_for(runs_of(segment->L) * segment->S, segment->B);
-  lola_status status = check_batch(segment->B, blocks, message);
-  if (status) return status;
-  return lola_cuda_launched(lola_cuda_launch_chained(commit_sparse_kernel, static_cast<unsigned>(segment->B * blocks),
-                                                     THREADS, 0, stream, *segment, blocks),
-                            "commit_sparse", message);
+  return segment->B ? launch(*segment, sparse_blocks_for(*segment), 0, stream, message) : LOLA_OK;
 }
 
-lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  if (!segment->B) return LOLA_OK;
-  const int64_t tokens = segment->tokens < segment->R && !carries(*segment) ? segment->tokens : segment->R;
-  const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
-  lola_status status = check_batch(segment->B, blocks, message);
-  if (status) return status;
-  return lola_cuda_launched(lola_cuda_launch_chained(commit_window_kernel, static_cast<unsigned>(segment->B * blocks),
-                                                     THREADS, 0, stream, *segment, blocks),
-                            "commit_window", message);
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+  const lola_device_segment &g = *segment;
+  if (!g.B) return LOLA_OK;
+  int sparse_blocks = sparse_blocks_for(g);
+  /* A caller's own features stay where they are. */
+  if (!carries(g) || g.stores_features) {
+    lola_status status = launch(g, sparse_blocks, 0, stream, message);
+    if (status) return status;
+    sparse_blocks = 0;
+  }
+  return launch(g, sparse_blocks, window_blocks_for(g), stream, message);
 }

@@ -105,8 +105,8 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int bes
                                      lola_message *message);
 /* Sparse slots whose slot_source is >= 0, from ring and tokens. */
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
-lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. */
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* One token for each row that is not idle. `begin` writes spans and keeps phi(q); then comes the update, if any row may
  * have one (`updated`); `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Before it
  * come commit_sparse's copies, but where it makes them itself. `scratch` of lola_cuda_decode_bytes, zeroed once, left
