@@ -6,7 +6,9 @@
  *   mma      16-bit, D and Dv multiples of 16 up to 256; attend_mma.cuh
  *   generic  all types and sizes, float32 sums and products; attend_generic.cuh
  * A row of a kernel's matrices is a (token, query head) of a set, so that the heads that share pairs share their loads.
- * Logits, sums and the mix with recalled / z are float32; the fast kernels round exponentials to the values' type. */
+ * Logits, sums and the mix with recalled / z are float32; the fast kernels round exponentials to the values' type.
+ * Launched chained beside a scan, and else the ordinary way: blocks that only wait would hold multiprocessors that
+ * others could use. */
 #include "attend_generic.cuh"
 #include "attend_mma.cuh"
 #include "attend_wgmma.cuh"
@@ -58,7 +60,7 @@ int attribute(cudaDeviceAttr name) {
 }
 
 template <typename T, int DP, int MT, int BN, int BLOCKS>
-lola_status launch_mma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+lola_status launch_mma(const lola_device_segment &g, const segment_grid &grid, int beside, cudaStream_t stream,
                        lola_message *message) {
   using layout = mma_layout<DP, MT, BN>;
   int tiles = (grid.rows + layout::M - 1) / layout::M;
@@ -66,26 +68,26 @@ lola_status launch_mma(const lola_device_segment &g, const segment_grid &grid, c
   if (blocks > INT32_MAX) return too_large(message);
   auto kernel = attend_mma_kernel<T, DP, MT, BN, BLOCKS>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
-  kernel<<<static_cast<unsigned>(blocks), MMA_THREADS, layout::BYTES, stream>>>(g, scale_of(g.scale), grid.parts,
-                                                                                tiles);
-  return lola_cuda_launched("attend_mma", message);
+  cudaError_t error = lola_cuda_launch(beside, kernel, static_cast<unsigned>(blocks), MMA_THREADS, layout::BYTES,
+                                       stream, g, scale_of(g.scale), grid.parts, tiles, beside);
+  return lola_cuda_launched(error, "attend_mma", message);
 }
 
 template <typename T>
-lola_status choose_mma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+lola_status choose_mma(const lola_device_segment &g, const segment_grid &grid, int beside, cudaStream_t stream,
                        lola_message *message) {
   int size = g.D > g.Dv ? g.D : g.Dv;
   bool few = grid.rows <= 64;
-  if (size > 128) return launch_mma<T, 256, 1, 32, 2>(g, grid, stream, message);
+  if (size > 128) return launch_mma<T, 256, 1, 32, 2>(g, grid, beside, stream, message);
   if (size > 64)
-    return few ? launch_mma<T, 128, 1, 64, 3>(g, grid, stream, message)
-               : launch_mma<T, 128, 2, 64, 2>(g, grid, stream, message);
-  return few ? launch_mma<T, 64, 1, 64, 4>(g, grid, stream, message)
-             : launch_mma<T, 64, 2, 64, 2>(g, grid, stream, message);
+    return few ? launch_mma<T, 128, 1, 64, 3>(g, grid, beside, stream, message)
+               : launch_mma<T, 128, 2, 64, 2>(g, grid, beside, stream, message);
+  return few ? launch_mma<T, 64, 1, 64, 4>(g, grid, beside, stream, message)
+             : launch_mma<T, 64, 2, 64, 2>(g, grid, beside, stream, message);
 }
 
 template <typename T, int DP, int WGS, int SUBS>
-lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid, int beside, cudaStream_t stream,
                          lola_message *message) {
   using layout = wgmma_layout<DP, WGS, SUBS>;
   int tiles = (grid.rows + layout::M - 1) / layout::M;
@@ -94,20 +96,20 @@ lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid,
   if (blocks > items) blocks = items;
   auto kernel = attend_wgmma_kernel<T, DP, WGS, SUBS>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout::BYTES);
-  kernel<<<static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES, stream>>>(g, scale_of(g.scale), grid.parts,
-                                                                                    tiles, items);
-  return lola_cuda_launched("attend_wgmma", message);
+  cudaError_t error = lola_cuda_launch(beside, kernel, static_cast<unsigned>(blocks), layout::THREADS, layout::BYTES,
+                                       stream, g, scale_of(g.scale), grid.parts, tiles, items, beside);
+  return lola_cuda_launched(error, "attend_wgmma", message);
 }
 
 /* Blocks of 64, 128 or 256 rows: the more rows, the fewer copies of the same pairs. 256 rows take about 0.8 times as
  * long as twice 128. */
 template <typename T, int DP>
-lola_status choose_wgmma(const lola_device_segment &g, const segment_grid &grid, cudaStream_t stream,
+lola_status choose_wgmma(const lola_device_segment &g, const segment_grid &grid, int beside, cudaStream_t stream,
                          lola_message *message) {
-  if (grid.rows <= 64) return launch_wgmma<T, DP, 1, 1>(g, grid, stream, message);
+  if (grid.rows <= 64) return launch_wgmma<T, DP, 1, 1>(g, grid, beside, stream, message);
   int halves = (grid.rows + 127) / 128, wholes = (grid.rows + 255) / 256;
-  if (wholes * 2 * 4 <= halves * 5) return launch_wgmma<T, DP, 2, 2>(g, grid, stream, message);
-  return launch_wgmma<T, DP, 2, 1>(g, grid, stream, message);
+  if (wholes * 2 * 4 <= halves * 5) return launch_wgmma<T, DP, 2, 2>(g, grid, beside, stream, message);
+  return launch_wgmma<T, DP, 2, 1>(g, grid, beside, stream, message);
 }
 
 bool has_mma(const lola_device_segment &g) {
@@ -127,30 +129,30 @@ bool has_wgmma(const lola_device_segment &g) {
   return attributes.maxThreadsPerBlock >= wgmma_layout<64, 1, 1>::THREADS;
 }
 
-template <class Blocks>
-lola_status launch_generic(const Blocks &blocks, int64_t count, cudaStream_t stream, lola_message *message) {
-  unsigned grid = static_cast<unsigned>(count < INT32_MAX ? count : INT32_MAX);
-  attend_generic_kernel<Blocks><<<grid, GENERIC_THREADS, 0, stream>>>(blocks, count);
-  return lola_cuda_launched("attend_generic", message);
-}
+unsigned generic_grid(int64_t count) { return static_cast<unsigned>(count < INT32_MAX ? count : INT32_MAX); }
 
 } // namespace
 
-lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,
+                                     lola_message *message) {
   const lola_device_segment &g = *segment;
   segment_grid grid = grid_of(g);
   if (!grid.lists || !grid.parts || !g.B) return LOLA_OK;
   if (has_mma(g)) {
     bool half = g.dtype == LOLA_FLOAT16;
     if (has_wgmma(g) && g.D == 128)
-      return half ? choose_wgmma<__half, 128>(g, grid, stream, message)
-                  : choose_wgmma<__nv_bfloat16, 128>(g, grid, stream, message);
+      return half ? choose_wgmma<__half, 128>(g, grid, beside, stream, message)
+                  : choose_wgmma<__nv_bfloat16, 128>(g, grid, beside, stream, message);
     if (has_wgmma(g))
-      return half ? choose_wgmma<__half, 64>(g, grid, stream, message)
-                  : choose_wgmma<__nv_bfloat16, 64>(g, grid, stream, message);
-    return half ? choose_mma<__half>(g, grid, stream, message) : choose_mma<__nv_bfloat16>(g, grid, stream, message);
+      return half ? choose_wgmma<__half, 64>(g, grid, beside, stream, message)
+                  : choose_wgmma<__nv_bfloat16, 64>(g, grid, beside, stream, message);
+    return half ? choose_mma<__half>(g, grid, beside, stream, message)
+                : choose_mma<__nv_bfloat16>(g, grid, beside, stream, message);
   }
-  return launch_generic(segment_blocks{g, grid.parts}, grid.lists * grid.parts * g.rs, stream, message);
+  int64_t blocks = grid.lists * grid.parts * g.rs;
+  cudaError_t error = lola_cuda_launch(beside, attend_generic_kernel<segment_blocks>, generic_grid(blocks),
+                                       GENERIC_THREADS, 0, stream, segment_blocks{g, grid.parts}, blocks, beside);
+  return lola_cuda_launched(error, "attend_generic", message);
 }
 
 lola_status lola_cuda_attend(const lola_attend_call *call, int device, void *stream, lola_message *message) {
@@ -159,6 +161,8 @@ lola_status lola_cuda_attend(const lola_attend_call *call, int device, void *str
   int64_t parts = (call->T + BLOCK_TOKENS - 1) / BLOCK_TOKENS, blocks = call->B * call->Hq * parts;
   if (!blocks || !call->Dv) return LOLA_OK;
   if (parts > INT32_MAX) return too_large(message);
-  return launch_generic(step_blocks{*call, static_cast<int>(parts)}, blocks, static_cast<cudaStream_t>(stream),
-                        message);
+  cudaError_t error =
+      lola_cuda_launch(false, attend_generic_kernel<step_blocks>, generic_grid(blocks), GENERIC_THREADS, 0,
+                       static_cast<cudaStream_t>(stream), step_blocks{*call, static_cast<int>(parts)}, blocks, 0);
+  return lola_cuda_launched(error, "attend_generic", message);
 }

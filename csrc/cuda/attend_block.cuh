@@ -7,6 +7,7 @@
 #define LOLA_CUDA_ATTEND_BLOCK_CUH
 
 #include "attend_instructions.cuh"
+#include "chain.cuh"
 #include "segment.cuh"
 
 namespace {

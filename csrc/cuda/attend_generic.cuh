@@ -303,8 +303,9 @@ __device__ __forceinline__ void attend_columns(generic_shared &shared, int from)
 
 template <class Blocks>
 __global__ void __launch_bounds__(GENERIC_THREADS)
-    attend_generic_kernel(const __grid_constant__ Blocks blocks, int64_t count) {
+    attend_generic_kernel(const __grid_constant__ Blocks blocks, int64_t count, int beside) {
   __shared__ generic_shared shared;
+  lola_device_begin(beside);
   for (int64_t index = blockIdx.x; index < count; index += gridDim.x) {
     if (threadIdx.x < 32) {
       bool open = blocks.open(index, &shared.block);
@@ -315,6 +316,7 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
       for (int from = 0; from < shared.block.Dv; from += COLUMNS) attend_columns(shared, from);
     __syncthreads();
   }
+  lola_device_end(beside);
 }
 
 } // namespace

@@ -71,12 +71,14 @@ __device__ __forceinline__ void load_queries(const lola_device_segment &g, const
 
 template <typename T, int DP, int MT, int BN, int BLOCKS>
 __global__ void __launch_bounds__(MMA_THREADS, BLOCKS)
-    attend_mma_kernel(const __grid_constant__ lola_device_segment g, const logit_scale scale, int parts, int tiles) {
+    attend_mma_kernel(const __grid_constant__ lola_device_segment g, const logit_scale scale, int parts, int tiles,
+                      int beside) {
   using layout = mma_layout<DP, MT, BN>;
   constexpr int M = layout::M;
   constexpr bool HELD = layout::HELD;
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
+  lola_device_begin(beside);
   int index = blockIdx.x;
   const int first_row = index % tiles * M;
   index /= tiles;
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(MMA_THREADS, BLOCKS)
   index /= parts;
   const int set = index % g.S, record = index / g.S;
   query_block block;
-  if (!open_block(g, record, set, part, &block) || first_row >= block.tokens * g.rs) return;
+  if (!open_block(g, record, set, part, &block) || first_row >= block.tokens * g.rs) return lola_device_end(beside);
   const lola_device_span &span = g.spans[block.row];
 
   const uint32_t base = shared_address(shared);
@@ -224,6 +226,7 @@ __global__ void __launch_bounds__(MMA_THREADS, BLOCKS)
       finish_row<T>(g.mixing, own, g.Dv, half, o[t], m[t][half] * scale.factor, l[t][half],
                     [&](int j) { return *reinterpret_cast<const float2 *>(own.recalled + j * 8 + lane % 4 * 2); });
     }
+  lola_device_end(beside);
 }
 
 } // namespace

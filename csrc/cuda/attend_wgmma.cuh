@@ -527,7 +527,7 @@ template <typename T, int DP, int WGS, int SUBS>
 __global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS, SUBS>::THREADS,
                                   WGMMA_EMPTY ? 1 : wgmma_layout<DP, WGS, SUBS>::BLOCKS)
     attend_wgmma_kernel(const __grid_constant__ lola_device_segment g, const logit_scale scale, int parts,
-                        int row_tiles, int64_t items) {
+                        int row_tiles, int64_t items, int beside) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using layout = wgmma_layout<DP, WGS, SUBS>;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -542,6 +542,7 @@ __global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS, SUBS>
     barrier_init(base + layout::Q_FULL, 128 + 1);
     barrier_init(base + layout::Q_EMPTY, 4 * WGS);
   }
+  lola_device_begin(beside);
   __syncthreads();
   if (threadIdx.x / 128 == WGS) {
     give_registers<layout::PRODUCER_REGISTERS>();
@@ -550,6 +551,7 @@ __global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS, SUBS>
     take_registers<layout::CONSUMER_REGISTERS>();
     wgmma_consume<T, DP, WGS, SUBS>(g, scale, shared);
   }
+  lola_device_end(beside);
 #endif
 }
 

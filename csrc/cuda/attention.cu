@@ -2,6 +2,7 @@
  *
  * Prefill runs segment by segment, so that scratch does not grow with length: each is a range of offsets into the
  * call's arrays, and a kernel works out what of it enters which row. Scratch of a call comes from the stream's pool.
+ * A scan that leaves much of the device free has attend of the segment before and features of the next one beside it.
  * Decoding keeps what it needs in the cache's workspace; only an update, which needs features of all its pairs for a
  * moment, takes more from the pool. */
 #include "chain.cuh"
@@ -17,13 +18,13 @@ constexpr int64_t SEGMENT_TOKENS = 8192;
 
 /* --- the plan ------------------------------------------------------------------------------------------------------ */
 
-/* The spans of offsets first .. first+count-1 of the call. */
+/* The spans of all segments, of `count` offsets each. Launched the ordinary way: it waits for all that is before it. */
 __global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                            int64_t first, int64_t count) {
-  lola_device_await_previous();
+                            int64_t count, int64_t segments) {
   lola_device_start_next();
-  int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row < g.B) g.spans[row] = span_of(g, rows, row, first, count);
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, first = index / g.B * count;
+  if (index < segments * g.B)
+    g.spans[index] = span_of(g, rows, static_cast<int>(index % g.B), first, min(count, rows.tokens - first));
 }
 
 /* Outputs of tokens that enter no row are zero. One thread per (batch row, token, head). */
@@ -96,6 +97,15 @@ void take_records(pieces *from, lola_device_segment *g) {
   from->take(g->source_count, static_cast<int64_t>(g->chunk_records) * g->S * 4);
 }
 
+void take_pairs(pieces *from, const lola_device_segment &g, lola_device_pairs *pairs) {
+  const int64_t item = lola_device_item(g.dtype), ring = static_cast<int64_t>(g.B) * g.Hkv * g.R,
+                slots = static_cast<int64_t>(g.B) * g.S * g.L;
+  from->take(pairs->window_keys, ring * g.D * item);
+  from->take(pairs->window_values, ring * g.Dv * item);
+  from->take(pairs->sparse_keys, slots * g.D * item);
+  from->take(pairs->sparse_values, slots * g.Dv * item);
+}
+
 /* --- the call ------------------------------------------------------------------------------------------------------ */
 
 lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
@@ -142,6 +152,7 @@ lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
   g.window_values = cache->window_values;
   g.sparse_keys = cache->sparse_keys;
   g.sparse_values = cache->sparse_values;
+  g.next = lola_device_pairs{g.window_keys, g.window_values, g.sparse_keys, g.sparse_values};
   g.window_features = cache->window_features;
   g.sparse_features = cache->sparse_features;
   g.sparse_scores = cache->sparse_scores;
@@ -150,17 +161,6 @@ lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
   g.window_given = cache->window_given;
   g.sparse_given = cache->sparse_given;
   return g;
-}
-
-lola_status queue_plan(const lola_device_segment &g, const call_rows &rows, int64_t first, int64_t count,
-                       cudaStream_t stream, lola_message *message) {
-  unsigned blocks = static_cast<unsigned>(blocks_for(g.B));
-  cudaError_t error = cudaSuccess;
-  if (first)
-    error = lola_cuda_launch_chained(plan_kernel, blocks, THREADS, 0, stream, g, rows, first, count);
-  else /* whatever is before it in the stream, the ordinary way waits for all of it */
-    plan_kernel<<<blocks, THREADS, 0, stream>>>(g, rows, first, count);
-  return lola_cuda_launched(error, "plan", message);
 }
 
 lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows &rows, const lola_cuda_call *call,
@@ -176,9 +176,10 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
     take_phi(&from, &g);
   }
   g.tokens = g.B; /* a token a row, at most */
+  g.longest = 1;
   lola_status status = lola_cuda_decode_begin(&g, rows, decode_scratch, stream, message);
   if (!call->no_update) {
-    if (!status) status = lola_cuda_segment_features(&g, 0, stream, message);
+    if (!status) status = lola_cuda_segment_features(&g, LOLA_FEATURES_OF_CACHE, 0, stream, message);
     if (!status) status = lola_cuda_scan(&g, 0, stream, message);
     if (!status && !lola_cuda_decode_commits(&g)) status = lola_cuda_commit_sparse(&g, stream, message);
   }
@@ -187,36 +188,104 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
   return status;
 }
 
-lola_status prefill(lola_device_segment g, const call_rows &rows, const lola_cuda_call *call, lola_message *message) {
-  cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
-  bool packed = rows.cu_seqlens.data;
-  int64_t batch = packed ? 1 : g.B;
-  int64_t longest = SEGMENT_TOKENS / batch < 64 ? 64 : SEGMENT_TOKENS / batch;
+/* How a call is cut into segments. */
+struct prefill_plan {
+  int64_t tokens, batch, count, segments; /* offsets of the call, rows of its arrays; offsets of a segment, segments */
+  bool packed, overlaps;                  /* phases of neighbouring segments run beside each other */
+};
+
+prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
+  prefill_plan plan = {rows.tokens, g.B, 0, 0, rows.cu_seqlens.data != nullptr, false};
+  if (plan.packed) plan.batch = 1;
+  plan.overlaps = lola_cuda_scan_leaves_room(&g);
+  int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
   /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
   int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
   if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
-  int64_t count = rows.tokens < longest ? rows.tokens : longest;
-  g.tokens = static_cast<int>(batch * count);
-  g.chunk_records = static_cast<int>(packed ? count / g.C + 2 * g.B + 1 : batch * (count / g.C + 2));
-  pieces sizes = {nullptr};
-  take_phi(&sizes, &g);
-  take_records(&sizes, &g);
+  plan.count = longest;
+  if (plan.overlaps) {
+    /* Segments of one length but the last, which is half as long: nothing runs beside its attend. In whole chunks, where
+     * these fit. */
+    const int64_t halves = 2 * ((rows.tokens + longest / 2 - 1) / longest) + 1;
+    plan.count = (2 * rows.tokens + halves * g.C - 1) / (halves * g.C) * g.C;
+    if (plan.count > longest) plan.count = longest;
+  }
+  if (plan.count > rows.tokens) plan.count = rows.tokens;
+  plan.segments = (rows.tokens + plan.count - 1) / plan.count;
+  plan.overlaps &= plan.segments > 1;
+  return plan;
+}
+
+/* Sizes of a segment of so many offsets. */
+void size_segment(const prefill_plan &plan, int64_t part, lola_device_segment *g) {
+  g->tokens = static_cast<int>(plan.batch * part);
+  g->longest = part;
+  g->chunk_records = static_cast<int>(plan.packed ? part / g->C + 2 * g->B + 1 : plan.batch * (part / g->C + 2));
+}
+
+/* Scratch of segments that take turns, from what they have in common; its bytes. The first reads the cache's pairs. */
+int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &common, char *memory,
+                        lola_device_segment (&turns)[2]) {
+  pieces from = {memory};
+  lola_device_segment &even = turns[0], &odd = turns[1];
+  even = common;
+  size_segment(plan, plan.count, &even);
+  from.take(even.spans, plan.segments * even.B * static_cast<int64_t>(sizeof(lola_device_span)));
+  take_phi(&from, &even);
+  odd = even;
+  take_records(&from, &even);
+  if (plan.overlaps) {
+    take_records(&from, &odd);
+    take_pairs(&from, common, &even.next);
+    odd.window_keys = even.next.window_keys;
+    odd.window_values = even.next.window_values;
+    odd.sparse_keys = even.next.sparse_keys;
+    odd.sparse_values = even.next.sparse_values;
+  } else {
+    odd = even;
+  }
+  return from.used;
+}
+
+/* Every kernel of the loop awaits all before it, but attend and features beside the scan. Those read spans, the call's
+ * arrays and what their segment's turn of scratch and copy of the pairs held before that scan; they write outputs and the
+ * next segment's turn, of which nothing but its features is written before the next scan. */
+lola_status prefill(const lola_device_segment &common, const call_rows &rows, const lola_cuda_call *call,
+                    lola_message *message) {
+  cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
+  const prefill_plan plan = plan_prefill(common, rows);
+  lola_device_segment turns[2];
   void *scratch;
-  lola_status status = lola_cuda_allocate(call->device, sizes.used, call->stream, &scratch, message);
+  lola_status status = lola_cuda_allocate(call->device, lay_out_prefill(plan, common, nullptr, turns), call->stream,
+                                          &scratch, message);
   if (status) return status;
-  pieces from = {static_cast<char *>(scratch)};
-  take_phi(&from, &g);
-  take_records(&from, &g);
-  for (int64_t first = 0; first < rows.tokens && !status; first += count) {
-    int64_t part = rows.tokens - first < count ? rows.tokens - first : count;
-    g.tokens = static_cast<int>(batch * part);
-    g.chunk_records = static_cast<int>(packed ? part / g.C + 2 * g.B + 1 : batch * (part / g.C + 2));
-    status = queue_plan(g, rows, first, part, stream, message);
-    if (!status) status = lola_cuda_segment_features(&g, 1, stream, message);
+  lay_out_prefill(plan, common, static_cast<char *>(scratch), turns);
+  const auto segment_at = [&](int64_t i) {
+    lola_device_segment g = turns[i % 2];
+    const int64_t left = plan.tokens - i * plan.count;
+    size_segment(plan, left < plan.count ? left : plan.count, &g);
+    g.spans += i * g.B;
+    if (i + 1 == plan.segments) g.next = common.next; /* the cache's */
+    return g;
+  };
+  plan_kernel<<<blocks_for(plan.segments * common.B), THREADS, 0, stream>>>(turns[0], rows, plan.count, plan.segments);
+  status = lola_cuda_launched("plan", message);
+  for (int64_t i = 0; i < plan.segments && !status; i++) {
+    const lola_device_segment g = segment_at(i);
+    const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == plan.segments;
+    const int parts = LOLA_FEATURES_OF_CACHE | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
+    status = lola_cuda_segment_features(&g, parts, 0, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
-    if (!status) status = lola_cuda_segment_attend(&g, stream, message);
-    if (!status) status = lola_cuda_commit_sparse(&g, stream, message);
-    if (!status) status = lola_cuda_commit_window(&g, stream, message);
+    if (!status && !begins) {
+      const lola_device_segment before = segment_at(i - 1);
+      status = lola_cuda_segment_attend(&before, 1, stream, message);
+    }
+    if (!status && !ends) {
+      const lola_device_segment after = segment_at(i + 1);
+      status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, stream, message);
+    }
+    if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
+    if (!status) status = lola_cuda_commit(&g, stream, message);
   }
   lola_cuda_release(call->device, scratch, call->stream);
   return status;

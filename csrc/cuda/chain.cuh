@@ -5,8 +5,14 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, commit_sparse apart: so a kernel that has started knows
- * that all but the last one or two before it have ended. Decoding's main kernel builds on that. */
+ * lola_device_start_next comes after lola_device_await_previous, commit and kernels beside others apart: so a kernel that
+ * has started knows that all but the last one or two before it have ended. Decoding's main kernel builds on that.
+ *
+ * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets the
+ * next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that do
+ * not await it (lola_device_begin and lola_device_end, `beside`). They may touch nothing that any of the others writes,
+ * and write nothing that any of them touches; whatever came before these has ended. The last block of each awaits the
+ * kernel before it after its own work: so who awaits the last of them has awaited them all. */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 
@@ -25,6 +31,21 @@ static __device__ __forceinline__ void lola_device_start_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/* The beginning of a kernel that may run beside the one before it. The fence keeps it from reading what its
+ * multiprocessor may still hold of memory that has been written since: awaiting does so otherwise. */
+static __device__ __forceinline__ void lola_device_begin(int beside) {
+  if (beside)
+    __threadfence();
+  else
+    lola_device_await_previous();
+  lola_device_start_next();
+}
+
+/* And its end, in every block: the last one to start is the one to wait. */
+static __device__ __forceinline__ void lola_device_end(int beside) {
+  if (beside && blockIdx.x + 1 == gridDim.x) lola_device_await_previous();
 }
 
 /* Whether kernels of this build wait on the current device: not where older code was translated for a newer device. */
@@ -53,9 +74,10 @@ static inline unsigned lola_cuda_chain_attribute(const void *kernel, cudaLaunchA
   return lola_cuda_can_chain(kernel) ? 1 : 0;
 }
 
+/* Launches a kernel chained, or the ordinary way. */
 template <class... P, class... A>
-cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
-                                     cudaStream_t stream, A... arguments) {
+cudaError_t lola_cuda_launch(bool chained, void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
+                             cudaStream_t stream, A... arguments) {
   cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -63,8 +85,14 @@ cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = lola_cuda_chain_attribute(reinterpret_cast<const void *>(kernel), &attribute);
+  config.numAttrs = chained ? lola_cuda_chain_attribute(reinterpret_cast<const void *>(kernel), &attribute) : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+}
+
+template <class... P, class... A>
+cudaError_t lola_cuda_launch_chained(void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,
+                                     cudaStream_t stream, A... arguments) {
+  return lola_cuda_launch(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 #endif

@@ -1,10 +1,12 @@
 /* commit: what a segment leaves behind in the cache's buffers, after every kernel that reads their old content.
  *
- * `commit_sparse` copies keys, values and a caller's own features of pairs that entered the sparse cache into their
+ * The sparse part copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
- * `commit_window` copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
- * Both give each row a few blocks whose teams share its work; a row without work costs a block one look at its span.
- * Both are launched chained, and let the next kernel start at once: decoding waits for them where it matters. */
+ * The window part copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
+ * Where keys and values go to others than those that the segment read (`next`), what stays in its place is copied too;
+ * then one launch does both parts. Else the sparse part reads what the window part overwrites, and comes first.
+ * Each part gives a row a few blocks whose teams share its work; a row without work costs a block one look at its span.
+ * Launched chained, the kernel lets the next one start at once: decoding waits for it where it matters. */
 #include "chain.cuh"
 #include "segment.cuh"
 
@@ -15,10 +17,15 @@ constexpr int THREADS = 256;
 constexpr int TEAM = 16, TEAMS = THREADS / TEAM, TEAM_SLOTS = 2;
 /* Blocks of all rows together, at most, as long as each row has one: few enough to run at once, since most steps of
  * decoding have no work for them. */
-constexpr int64_t MOST_BLOCKS = 512;
+constexpr int64_t MOST_BLOCKS = 384;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
   return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
+}
+
+/* Whether `next` is another copy of the cache's pairs. */
+__host__ __device__ __forceinline__ bool carries(const lola_device_segment &g) {
+  return g.next.window_keys != g.window_keys;
 }
 
 __host__ __device__ __forceinline__ int64_t runs_of(int64_t slots) { return (slots + TEAM_SLOTS - 1) / TEAM_SLOTS; }
@@ -54,33 +61,32 @@ __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, cons
   for (int f = threadIdx.x % TEAM; f < F; f += TEAM) lola_device_store(to, f, to_type, lola_device_load(from, f, type));
 }
 
-__global__ void __launch_bounds__(THREADS, 4)
-    commit_sparse_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
-  lola_device_start_next();
-  const int row = blockIdx.x / blocks_per_row;
-  lola_device_await_previous();
-  const lola_device_span span = g.spans[row];
-  if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
+/* Part `part` of `parts` of a row's sparse slots. */
+__device__ __forceinline__ void commit_sparse(const lola_device_segment &g, const lola_device_span &span, int row,
+                                              int part, int parts) {
+  const bool updated = span.tokens && (span.position + span.tokens - 1) / g.C > span.updated, carry = carries(g);
+  if (!updated && !carry) return;
   const int member = threadIdx.x % TEAM;
   const unsigned team = 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
   const int64_t runs = runs_of(g.L);
   const lola_dtype type = feature_type(g);
-  for (int64_t i = blockIdx.x % blocks_per_row * TEAMS + threadIdx.x / TEAM; i < runs * g.S;
-       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
+  for (int64_t i = part * TEAMS + threadIdx.x / TEAM; i < runs * g.S; i += static_cast<int64_t>(parts) * TEAMS) {
     const int set = static_cast<int>(i / runs);
     const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * TEAM_SLOTS;
     const int64_t count = g.sparse_count[group];
-    const int code = member < TEAM_SLOTS && first + member < count ? g.slot_source[group * g.L + first + member] : -1;
+    const int own = static_cast<int>(first) + member; /* whose source this lane looks up */
+    const bool used = member < TEAM_SLOTS && own < count;
+    const int code = used && updated ? g.slot_source[group * g.L + own] : -own - 1;
 #pragma unroll 1
-    for (int j = 0; j < TEAM_SLOTS; j++) {
+    for (int j = 0; j < TEAM_SLOTS && first + j < count; j++) {
       const int source = __shfl_sync(team, code, j, TEAM);
-      if (source < 0) continue;
+      if (source < 0 && !carry) continue;
       const int64_t slot = group * g.L + first + j;
-      copy_pair(static_cast<char *>(g.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
-                key_bytes, static_cast<char *>(g.sparse_values) + slot * value_bytes,
+      copy_pair(static_cast<char *>(g.next.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
+                key_bytes, static_cast<char *>(g.next.sparse_values) + slot * value_bytes,
                 lola_device_value(g, span, row, set, source), value_bytes);
-      for (int h = set * g.rs; g.stores_features && h < (set + 1) * g.rs; h++) {
+      for (int h = set * g.rs; source >= 0 && g.stores_features && h < (set + 1) * g.rs; h++) {
         const int64_t head = static_cast<int64_t>(row) * g.Hq + h, bytes = g.F * lola_device_item(type);
         char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + j) * bytes;
         if (source < g.R)
@@ -96,27 +102,27 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-/* A team writes one token of one KV head at a time. */
-__global__ void __launch_bounds__(THREADS, 4)
-    commit_window_kernel(const __grid_constant__ lola_device_segment g, int blocks_per_row) {
-  lola_device_start_next();
-  const int row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
-  lola_device_await_previous();
-  const lola_device_span span = g.spans[row];
-  if (span.tokens == 0) return;
+/* The same of its ring. A team writes one token of one KV head at a time. */
+__device__ __forceinline__ void commit_window(const lola_device_segment &g, const lola_device_span &span, int row,
+                                              int part, int parts) {
+  const bool carry = carries(g);
+  if (span.tokens == 0 && !carry) return;
   const int member = threadIdx.x % TEAM, sets = g.S / g.Hkv;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
-  const int64_t begin = span.tokens > g.R ? span.tokens - g.R : 0;
+  /* Tokens of the span, and with `carry` those before it. */
+  const int64_t begin = max(span.tokens - g.R, carry ? -span.position : INT64_C(0));
   const lola_dtype type = feature_type(g);
-  for (int64_t i = static_cast<int64_t>(part) * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
-       i += static_cast<int64_t>(blocks_per_row) * TEAMS) {
+  for (int64_t i = part * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
+       i += static_cast<int64_t>(parts) * TEAMS) {
     const int kv_head = static_cast<int>(i % g.Hkv);
     const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
     const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
-    copy_pair(static_cast<char *>(g.window_keys) + at * key_bytes,
-              lola_device_at(g.k, span.batch, span.first + t, kv_head), key_bytes,
-              static_cast<char *>(g.window_values) + at * value_bytes,
-              lola_device_at(g.v, span.batch, span.first + t, kv_head), value_bytes);
+    const int code = static_cast<int>(g.R + t);
+    copy_pair(static_cast<char *>(g.next.window_keys) + at * key_bytes,
+              lola_device_key(g, span, row, kv_head * sets, code), key_bytes,
+              static_cast<char *>(g.next.window_values) + at * value_bytes,
+              lola_device_value(g, span, row, kv_head * sets, code), value_bytes);
+    if (t < 0) continue;
     for (int s = member; g.scores.data && s < sets; s += TEAM) {
       const int64_t set = static_cast<int64_t>(kv_head) * sets + s;
       float sum = 0;
@@ -129,11 +135,24 @@ __global__ void __launch_bounds__(THREADS, 4)
                         ((static_cast<int64_t>(row) * g.Hq + h) * g.R + slot) * g.F * lola_device_item(type),
                     type, lola_device_at(g.k_features, span.batch, span.first + t, h), g.k_features.dtype, g.F);
   }
-  if (part == 0 && threadIdx.x == 0) {
+  if (span.tokens && part == 0 && threadIdx.x == 0) {
     const int64_t chunk = (span.position + span.tokens - 1) / g.C;
     g.tokens_seen[row] = span.position + span.tokens;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
   }
+}
+
+/* A row has blocks for its sparse slots, then blocks for its ring. */
+__global__ void __launch_bounds__(THREADS, 3)
+    commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks) {
+  lola_device_start_next();
+  const int blocks = sparse_blocks + window_blocks, row = blockIdx.x / blocks, part = blockIdx.x % blocks;
+  lola_device_await_previous();
+  const lola_device_span span = g.spans[row];
+  if (part < sparse_blocks)
+    commit_sparse(g, span, row, part, sparse_blocks);
+  else
+    commit_window(g, span, row, part - sparse_blocks, window_blocks);
 }
 
 /* Blocks per row for work that keeps so many teams of it busy. */
@@ -143,30 +162,39 @@ int blocks_for(int64_t teams, int B) {
   return blocks < 1 ? 1 : static_cast<int>(blocks);
 }
 
-lola_status check_batch(int B, int blocks_per_row, lola_message *message) {
-  if (static_cast<int64_t>(B) * blocks_per_row <= INT64_C(0x7fffffff)) return LOLA_OK;
-  return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", B);
+int sparse_blocks_for(const lola_device_segment &g) { return g.L ? blocks_for(runs_of(g.L) * g.S, g.B) : 0; }
+
+int window_blocks_for(const lola_device_segment &g) {
+  const int64_t tokens = g.tokens < g.R && !carries(g) ? g.tokens : g.R;
+  return blocks_for(tokens * g.Hkv, g.B);
+}
+
+lola_status launch(const lola_device_segment &g, int sparse_blocks, int window_blocks, cudaStream_t stream,
+                   lola_message *message) {
+  const int64_t blocks = static_cast<int64_t>(g.B) * (sparse_blocks + window_blocks);
+  if (!blocks) return LOLA_OK;
+  if (blocks > INT64_C(0x7fffffff))
+    return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", g.B);
+  return lola_cuda_launched(lola_cuda_launch_chained(commit_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream,
+                                                     g, sparse_blocks, window_blocks),
+                            "commit", message);
 }
 
 } // namespace
 
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  if (!segment->B || !segment->L) return LOLA_OK;
-  const int blocks = blocks_for(runs_of(segment->L) * segment->S, segment->B);
-  lola_status status = check_batch(segment->B, blocks, message);
-  if (status) return status;
-  return lola_cuda_launched(lola_cuda_launch_chained(commit_sparse_kernel, static_cast<unsigned>(segment->B * blocks),
-                                                     THREADS, 0, stream, *segment, blocks),
-                            "commit_sparse", message);
+  return segment->B ? launch(*segment, sparse_blocks_for(*segment), 0, stream, message) : LOLA_OK;
 }
 
-lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  if (!segment->B) return LOLA_OK;
-  const int64_t tokens = segment->tokens < segment->R ? segment->tokens : segment->R;
-  const int blocks = blocks_for(tokens * segment->Hkv, segment->B);
-  lola_status status = check_batch(segment->B, blocks, message);
-  if (status) return status;
-  return lola_cuda_launched(lola_cuda_launch_chained(commit_window_kernel, static_cast<unsigned>(segment->B * blocks),
-                                                     THREADS, 0, stream, *segment, blocks),
-                            "commit_window", message);
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+  const lola_device_segment &g = *segment;
+  if (!g.B) return LOLA_OK;
+  int sparse_blocks = sparse_blocks_for(g);
+  /* A caller's own features stay where they are. */
+  if (!carries(g) || g.stores_features) {
+    lola_status status = launch(g, sparse_blocks, 0, stream, message);
+    if (status) return status;
+    sparse_blocks = 0;
+  }
+  return launch(g, sparse_blocks, window_blocks_for(g), stream, message);
 }

@@ -31,6 +31,7 @@ struct feature_job {
   int per_head; /* query heads per head of x */
   float *out;
   int side_key, round;                /* which weights ARRAY takes; rounding to bfloat16 */
+  int beside;                         /* the launch does not await the one before it (chain.cuh) */
   lola_dtype target;                  /* what is stored: bfloat16 or float32 */
   int sources[4], count;              /* kinds */
   int64_t row_tiles[4];               /* tiles per cache row (SLOTS, RING) or in all */
@@ -71,13 +72,15 @@ __device__ feature_tile tile_at(const feature_job &job, int64_t index) {
   }
 }
 
-/* Whether any set of the cache row folds in this segment. */
-__device__ bool row_folds(const lola_device_segment &g, int row) {
-  lola_device_leaving leaving = lola_device_segment_leaving(g, g.spans[row]);
-  if (leaving.end <= leaving.first) return false;
-  for (int set = 0; set < g.S; set++)
-    if (lola_device_folds(g, leaving, g.sparse_count[static_cast<int64_t>(row) * g.S + set])) return true;
-  return false;
+/* Whether the cache row has folded pairs when the segment ends: a set keeps L of the pairs that have left the window.
+ * What the cache counts says the same, but not beside the scan that changes it. */
+__device__ bool has_folded(const lola_device_segment &g, const lola_device_leaving &leaving) {
+  return leaving.end > g.L;
+}
+
+/* Whether it folds any in this segment. */
+__device__ bool folds_now(const lola_device_segment &g, const lola_device_leaving &leaving) {
+  return leaving.end > leaving.first && has_folded(g, leaving);
 }
 
 /* The cache row that the token at `index` of the per-token arrays belongs to, or -1; `hint` is where to look first. */
@@ -105,13 +108,12 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   }
   if (tile.kind == SLOTS || tile.kind == RING) {
     const int64_t group = static_cast<int64_t>(tile.row) * g.Hq + tile.head, set = tile.head / g.rs;
-    const int64_t count = g.sparse_count[static_cast<int64_t>(tile.row) * g.S + set];
     const lola_device_span &span = g.spans[tile.row];
     const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-    if (!lola_device_folds(g, leaving, count)) return false;
+    if (!folds_now(g, leaving)) return false;
     *dtype = given ? job.target : g.dtype;
     if (tile.kind == SLOTS) {
-      if (at >= count) return false;
+      if (at >= g.sparse_count[static_cast<int64_t>(tile.row) * g.S + set]) return false;
       *to = static_cast<char *>(g.slot_phi) + (group * g.L + at) * g.F * item;
       *from = given ? static_cast<const char *>(g.sparse_features) + (group * g.L + at) * g.F * item
                     : static_cast<const char *>(g.sparse_keys) +
@@ -134,16 +136,15 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   const lola_device_span &span = g.spans[row];
   const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
   const int64_t offset = at - span.token, group = at * g.Hq + tile.head;
-  const bool folds = lola_device_folds(g, leaving, g.sparse_count[static_cast<int64_t>(row) * g.S + tile.head / g.rs]);
   if (tile.kind == KEYS) {
-    if (!folds || span.position + offset >= leaving.end) return false;
+    if (!folds_now(g, leaving) || span.position + offset >= leaving.end) return false;
     *to = static_cast<char *>(g.token_phi) + group * g.F * item;
     const lola_array &x = given ? g.k_features : g.k;
     *from = lola_device_at(x, span.batch, span.first + offset, given ? tile.head : tile.head / g.r);
     *dtype = x.dtype;
     return true;
   }
-  if (!folds && !g.folded[static_cast<int64_t>(row) * g.Hq + tile.head]) return false;
+  if (!has_folded(g, leaving)) return false;
   *to = static_cast<char *>(g.query_phi) + group * g.F * item;
   const lola_array &x = given ? g.q_features : g.q;
   *from = lola_device_at(x, span.batch, span.first + offset, tile.head);
@@ -157,7 +158,7 @@ __device__ bool look_up_rows(const feature_job &job, uint8_t *folds) {
   for (int i = 0; i < job.count; i++) by_row |= job.sources[i] == SLOTS || job.sources[i] == RING;
   if (!by_row) return true;
   for (int row = threadIdx.x; row < job.g.B; row += blockDim.x) {
-    bool needed = row_folds(job.g, row);
+    bool needed = folds_now(job.g, lola_device_segment_leaving(job.g, job.g.spans[row]));
     if (row < KNOWN_ROWS) folds[row] = needed;
     any |= needed;
   }
@@ -373,26 +374,33 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
   constexpr int ROWS = tensor_tile<PRODUCTS>::ROWS;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ uint8_t folds[KNOWN_ROWS];
-  lola_device_await_previous();
-  lola_device_start_next();
   const lola_device_segment &g = job.g;
   const int pitch = lola_padded(g.D, 64), M = job.projection;
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
-  if (!look_up_rows(job, folds)) return;
-  for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
-  __syncwarp();
   const int64_t total = job.tiles * g.Hq, queries = job.tiles - job.query_tiles;
   int64_t index = total * blockIdx.x / gridDim.x;
   const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
+  /* Of the tile at `i`, and of those behind it up to the head's queries or their end. */
+  const auto asks_at = [&](int64_t i) { return i % job.tiles >= queries; };
+  const auto load_weights_at = [&](int64_t i) {
+    const float *w = !asks_at(i) && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
+    load_weights<PRODUCTS * 8>(w + i / job.tiles * g.D * M, g.D, M, pitch, hi, lo);
+  };
+  /* Weights are the caller's, and need not await what comes earlier in a call; in decoding few steps need them. */
+  bool loaded = g.longest > 1;
+  if (loaded) load_weights_at(index);
+  lola_device_begin(job.beside);
+  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
+  for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
+  __syncwarp();
   int hint = 0;
   while (index < end) {
     const int head = static_cast<int>(index / job.tiles);
-    const bool asks = index % job.tiles >= queries; /* the run is one of queries */
+    const bool asks = asks_at(index); /* the run is one of queries */
     const int64_t run = min(end, head * job.tiles + (asks ? job.tiles : queries));
     const bool vector = asks ? job.vector_q : job.vector_x;
-    const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
     /* This lane's row of the warp's next tile with work. */
     int64_t at = index + warp;
     const char *from;
@@ -417,8 +425,11 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
     lola_copy_commit();
     __syncthreads(); /* the last run's weights were read */
-    load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
-    __syncthreads();
+    if (!loaded) {
+      load_weights_at(index);
+      __syncthreads();
+    }
+    loaded = false;
     while (more) {
       char *const now = to;
       more = seek();
@@ -440,6 +451,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     }
     index = run;
   }
+  lola_device_end(job.beside);
 }
 
 /* --- everything else in float32 --------------------------------------------------------------------------------- */
@@ -503,9 +515,8 @@ __global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_co
   const int rows = static_cast<int>(job.per_tile), D = g.D, F = g.F, M = job.projection;
   float *x = reinterpret_cast<float *>(memory), *projection = x + static_cast<int64_t>(rows) * D;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = PLAIN_THREADS / 32;
-  lola_device_await_previous();
-  lola_device_start_next();
-  if (!look_up_rows(job, folds)) return;
+  lola_device_begin(job.beside);
+  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
   const int64_t total = job.tiles * g.Hq;
   int hint = 0;
   for (int64_t index = blockIdx.x; index < total; index += gridDim.x) {
@@ -564,6 +575,7 @@ __global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_co
         hedgehog_row(job, M, projection + i * M, targets[i]);
     }
   }
+  lola_device_end(job.beside);
 }
 
 /* --- launches --------------------------------------------------------------------------------------------------- */
@@ -690,7 +702,9 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
-  const int blocks = static_cast<int>(total < most ? total : most);
+  int blocks = static_cast<int>(total < most ? total : most);
+  /* Of few tiles a block takes those of one head, so that it loads weights once. */
+  if (warps && blocks > g.Hq && total <= most * warps) blocks -= blocks % g.Hq;
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
                                     : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
@@ -707,7 +721,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
 
 } // namespace
 
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, cudaStream_t stream,
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside, cudaStream_t stream,
                                        lola_message *message) {
   feature_job job = {};
   job.g = *segment;
@@ -715,25 +729,31 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int t
   if (g.stores_features) g.map.kind = LOLA_MAP_GIVEN;
   job.round = g.dtype != LOLA_FLOAT32;
   job.target = job.round ? LOLA_BFLOAT16 : LOLA_FLOAT32;
-  /* Without the segment's tokens a row has at most one, and one chunk's pairs leave. */
-  int64_t rows[4] = {g.L, tokens ? g.R : g.C, g.tokens, g.tokens};
-  job.sources[0] = SLOTS;
-  job.sources[1] = RING;
-  job.sources[2] = KEYS;
-  job.sources[3] = QUERIES;
-  job.count = tokens ? 3 : 2;
+  job.beside = beside;
+  const bool tokens = parts & LOLA_FEATURES_OF_TOKENS;
+  int64_t rows[4];
+  const auto add = [&](source_kind kind, int64_t count) {
+    job.sources[job.count] = kind;
+    rows[job.count++] = count;
+  };
+  if (parts & LOLA_FEATURES_OF_CACHE) {
+    const int64_t leave = (g.longest + g.C - 1) / g.C * g.C; /* a chunk's pairs when a chunk begins */
+    add(SLOTS, g.L);
+    add(RING, leave < g.R ? leave : g.R);
+  }
+  if (tokens) add(KEYS, g.tokens);
   const int64_t row_bytes = static_cast<int64_t>(g.D) * lola_device_item(g.dtype);
   job.vector_x = row_bytes % 16 == 0 && (!tokens || rows_aligned(g.k));
   job.vector_q = tokens && rows_aligned(g.q);
   job.vector_out = 1;
   const bool asks = tokens && g.mixing != LOLA_MIXING_CACHE_ONLY;
   const bool together = asks && g.q_dtype == g.dtype && projection_of(g, true) == projection_of(g, false);
-  if (together) job.count = 4;
+  if (together) add(QUERIES, g.tokens);
   lola_status status = launch(&job, g.dtype, rows, stream, message);
   if (status || !asks || together) return status;
-  job.sources[0] = QUERIES;
-  job.count = 1;
-  return launch(&job, g.q_dtype, &rows[3], stream, message);
+  job.count = 0;
+  add(QUERIES, g.tokens);
+  return launch(&job, g.q_dtype, rows, stream, message);
 }
 
 lola_status lola_cuda_features(const lola_array *x, int64_t B, int64_t T, int64_t Hx, int64_t D, int64_t Hq, int64_t F,

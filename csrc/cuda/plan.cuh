@@ -30,17 +30,20 @@ __device__ inline void row_range(const call_rows &rows, int row, int64_t *start,
   }
 }
 
-/* A row's span of the offsets first .. first+count-1. */
+/* A row's span of the offsets first .. first+count-1, where the call's offsets before `first` were entered, or will
+ * have been. */
 __device__ inline lola_device_span span_of(const lola_device_segment &g, const call_rows &rows, int row, int64_t first,
                                            int64_t count) {
   int64_t start, stop;
   row_range(rows, row, &start, &stop);
+  const int64_t before = max(min(stop, first) - start, INT64_C(0));
   start = max(start, first);
   stop = min(stop, first + count);
   bool packed = rows.cu_seqlens.data;
   lola_device_span span = {};
-  span.position = g.tokens_seen[row];
+  span.position = g.tokens_seen[row] + before;
   span.updated = g.chunks[row];
+  if (before) span.updated = max(span.updated, (span.position - 1) / g.C);
   span.batch = packed ? 0 : row;
   span.first = start;
   if (stop > start) {

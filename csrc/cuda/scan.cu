@@ -1284,6 +1284,16 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
   return make_plan(sizes, limits, &plan, &ignored) ? 0 : exchange_bytes(plan);
 }
 
+int lola_cuda_scan_leaves_room(const lola_device_segment *segment) {
+  const lola_device_segment &g = *segment;
+  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
+  device_limits limits;
+  wgmma_scan::cluster_plan clusters;
+  lola_message ignored; /* the scan says it */
+  if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
+  return clusters.groups && clusters.groups * clusters.blocks * 3 <= limits.processors * 2;
+}
+
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B) return LOLA_OK;

@@ -1,13 +1,18 @@
 /* A segment on the device: the tokens of one call that are worked on at a time (csrc/cpu/segment.h says the same for the
  * CPU). The host knows no row's position, so nothing here waits for the device: `plan` (attention.cu) writes one span per
- * cache row, and every kernel reads where its row stands from there.
+ * segment and cache row, and every kernel reads where its row stands from there.
  *
- *   plan      spans; where each row's tokens begin and how many they are
+ *   plan      spans of all segments; where each row's tokens begin and how many they are
  *   features  phi(k) of sparse slots and ring that this segment may score or fold, of its tokens, and phi(q)
  *   scan      chunks in order: score, select, fold; writes the sparse cache's counters, positions and scores, H and s,
  *             the pairs that each chunk's queries see (`sources`), and phi(q)^T H, phi(q)^T s of every token
  *   attend    all blocks of queries at once from those records
  *   commit    keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
+ *
+ * Where the scan leaves a good part of the device free, attend of the segment before and features of the next one's
+ * tokens run beside it (chain.cuh). So these two read nothing that a scan or a commit writes meanwhile: two sets of
+ * scratch take turns, and so do two copies of the cache's keys and values, of which commit reads one and writes the
+ * other.
  *
  * Decoding (T = 1) runs decode.cu's `begin`, then features, scan and commit of the sparse cache, which return at once when
  * no row begins a chunk, then decode.cu's main kernel. */
@@ -33,6 +38,11 @@ typedef struct lola_device_span {
   int64_t updated;     /* cache.chunks: the chunk whose update is done when the segment begins */
 } lola_device_span;
 
+/* The cache's keys and values, or a copy of them. */
+typedef struct lola_device_pairs {
+  void *window_keys, *window_values, *sparse_keys, *sparse_values;
+} lola_device_pairs;
+
 /* Where a pair lies while the segment runs. code < 0: sparse slot -code - 1 as it was when the segment began;
  * code >= 0: position span.position - R + code, in the window ring while code < R, else the segment's token code - R. */
 
@@ -56,8 +66,10 @@ typedef struct lola_device_segment {
   int64_t *tokens_seen, *chunks, *row_ids, *folded, *sparse_count, *sparse_positions;
   void *window_keys, *window_values, *sparse_keys, *sparse_values, *window_features, *sparse_features;
   float *sparse_scores, *hidden, *normalizer, *window_given, *sparse_given;
+  lola_device_pairs next; /* where commit writes: the four arrays above, or others, which then get all pairs */
   /* scratch of this segment */
   int tokens;      /* rows of the per-token arrays */
+  int64_t longest; /* tokens of a cache row, at most */
   int chunk_records; /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
   void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
@@ -78,19 +90,23 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 
 /* --- launchers: one per step, each queues its kernels and returns the launch's status ------------------------------ */
 
-/* slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk), and with
- * `tokens` also token_phi and query_phi. */
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, cudaStream_t stream,
+/* Of the cache: slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk);
+ * of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. */
+enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside, cudaStream_t stream,
                                        lola_message *message);
 /* Bytes of `exchange` for this cache on the current device. */
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message);
-lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* Whether a third of the device or more is left to kernels that run beside a scan of this segment's sizes. */
+int lola_cuda_scan_leaves_room(const lola_device_segment *segment);
+lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,
+                                     lola_message *message);
 /* Sparse slots whose slot_source is >= 0, from ring and tokens. */
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
-lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. */
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* One token for each row that is not idle. `begin` writes spans and keeps phi(q); then comes the update, if any row may
  * have one (`updated`); `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Before it
  * come commit_sparse's copies, but where it makes them itself. `scratch` of lola_cuda_decode_bytes, zeroed once, left

@@ -51,7 +51,6 @@ LOCAL = {
     # For pairs that do not fit in shared memory.
     r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
     r"scan_kernel<cache_kind<(bf16|fp16), true>>": (88, 0),
-    r"commit_window_kernel": (16, 0),
     # lola.kernels.select alone.
     r"select_kernel": (8, 1),
 }

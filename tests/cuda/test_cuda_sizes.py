@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lola
 from oracle import (DTYPES, MIXINGS, SCORES, Case, assert_close, assert_same_bits, assert_same_memory, build, contents, error,
-                    host, kernels, lola_map, new_cache, options, reference, replay, rms, run, run_pieces)
+                    host, kernels, lola_map, new_cache, options, reference, replay, rms, run, run_pieces, snapshot)
 from places import DEVICE, array, only_on_cuda, tensor
 from test_attention import assert_rankings
 
@@ -215,6 +215,40 @@ def test_rows_have_the_same_bits_wherever_segments_end(sparse_per):
     for b in range(3):
         one = data.at(rows=[b])
         assert_same_bits(run(one, new_cache(one))[0], out[b])
+
+
+@pytest.mark.parametrize("case, T", [
+    (LLAMA, 20_000), (LLAMA.but(D=64, Dv=64, sparse_per="query_head", dtype="float16"), 26_000), (LLAMA.but(map="given", B=2), 9000),
+    (LLAMA.but(mixing="cache_only", sparse=600, chunk=16, window=48), 5000), (LLAMA.but(D=96, Dv=80, F=90, B=3), 3000)],
+    ids=["kv_head", "query_head", "given", "C 16", "odd"])
+def test_segments_beside_each_other_leave_the_same_bits(case, T):
+    """One call, whose segments overlap where the scan leaves room, and calls that are too short for that."""
+    data = build(case.but(T=T))
+    whole, pieces = new_cache(data), new_cache(data)
+    out = run(data, whole)
+    assert_same_bits(run_pieces(data, pieces, range(777, T, 777)), out)
+    assert_same_memory(whole, pieces, case.Hq)
+    assert snapshot(whole) == snapshot(pieces)
+
+
+@pytest.mark.parametrize("T", [9000, 7000])
+def test_ragged_segments_beside_each_other_leave_the_same_bits(T):
+    """Rows that begin late, end early or idle for whole segments."""
+    data = build(LLAMA.but(B=4, T=T, Hq=2, D=64, Dv=64, sparse=100, window=64))
+    starts, stops = np.array([0, T - 30, 700, 2000]), np.array([T, T, 700, 4100])
+    cache = new_cache(data)
+    run(data, cache, 0, 50)
+    out = run(data, cache, starts=starts, stops=stops)
+    for b in range(4):
+        one = data.at(rows=[b])
+        alone = new_cache(one)
+        run(one, alone, 0, 50)
+        for lo in range(starts[b], stops[b], 2000):
+            hi = min(lo + 2000, stops[b])
+            assert_same_bits(run(one, alone, lo, hi)[0], out[b, lo:hi])
+        got, expected = snapshot(cache.select([b])), snapshot(alone)
+        assert got.pop("row_ids") != expected.pop("row_ids") or b == 0
+        assert got == expected
 
 
 @only_on_cuda

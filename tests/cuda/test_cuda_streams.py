@@ -165,6 +165,31 @@ def test_a_captured_prefill():
     assert_same_memory(cache, eager, 4)
 
 
+def test_a_captured_prefill_of_several_segments():
+    """Phases of neighbouring segments run beside each other in a graph as well; call follows call."""
+    import torch
+    n = 13_001
+    data = build(LLAMA.but(T=5 * n, D=64, Dv=64, F=64, window=64, sparse=96))
+    step, cache, pieces = Step(data), new_cache(data), new_cache(data)
+    step.prefill(cache, 0, n)
+    part = {name: x[:, :n].clone() for name, x in step.tokens.items()}
+    out = torch.empty_like(part["q"])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lola.attention(**part, cache=cache, out=out, **step.fixed)
+    outs = []
+    for lo in range(n, 5 * n, n):
+        for name, x in part.items():
+            x.copy_(step.tokens[name][:, lo:lo + n])
+        out.fill_(float("nan"))
+        graph.replay()
+        outs.append(out.clone())
+    cache.sync()
+    expected = [step.prefill(pieces, lo, lo + n // 4) for lo in range(0, 5 * n, n // 4)]
+    assert torch.equal(torch.cat(outs, 1), torch.cat(expected, 1)[:, n:5 * n])
+    assert_same_memory(cache, pieces, data.case.Hq)
+
+
 def test_what_must_wait_raises_while_a_graph_is_captured():
     """check=True looks at the device, so it cannot be recorded; the cache is as it was."""
     import torch
