@@ -40,6 +40,7 @@ constexpr int HALF_ROWS = 2 * RIGHT_ROWS; /* the high one and then the low one *
 constexpr int PRODUCTS = RIGHT_ROWS / 8;
 constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
 constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
+constexpr int BINS = 64;          /* of keys: two to a lane */
 constexpr int BLOCKS_MOST = 16;
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
@@ -76,7 +77,10 @@ struct cluster_shared {
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
-  unsigned dropped[ROWS_MOST / 32]; /* a bit for each row */
+  unsigned dropped[ROWS_MOST / 32];        /* a bit for each row */
+  __align__(8) unsigned bins[3][BINS + 2]; /* keys in each bin, and before all bins; three take turns */
+  unsigned cut;                            /* where the last cut between keys was */
+  int shift;                               /* how wide a bin, base 2, is likely to find the next */
 };
 
 template <typename Element, int FEATURE_PANELS, bool VECTOR_ROWS> struct wgmma_kind {
@@ -203,16 +207,6 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
  * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
 enum { WALK = 1, CHUNK = 2, HALVES = 3 };
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
-
-/* Walkers wait for each other, and know for how many of them it is so. */
-__device__ __forceinline__ int walkers_count(bool is) {
-  int count;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\nbarrier.cta.red.popc.aligned.u32 %0, %2, %3, p;\n}"
-               : "=r"(count)
-               : "r"(static_cast<int>(is)), "n"(static_cast<int>(WALK)), "n"(WALKERS)
-               : "memory");
-  return count;
-}
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
 
@@ -774,48 +768,65 @@ __device__ int64_t find_last_positions(const lola_device_segment &g, const clust
   return low;
 }
 
-/* Where the cut between keys was found, and how far from the one before: what the next search begins with. */
-struct last_cut {
-  unsigned key, distance;
-};
-
 /* Finds the `drops` lowest pairs, ties to the later position: t.drop and t.kept, for who waits for the walkers. Returns
- * how many slots are freed. Walkers count the keys below a pivot until it has the cut between them. */
+ * how many slots are freed. Keys are counted by bins, first around the last cut and then within the bin where the cut
+ * falls, until it is the end of one. */
 __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const cluster_plan &plan,
                                             cluster_shared &shared, const tables &t, int count, int drops,
-                                            const unsigned (&key)[OWN_ROWS], last_cut *cut) {
-  constexpr unsigned LEAST_DISTANCE = 1 << 12, END = HIGHEST + 1;
+                                            const unsigned (&key)[OWN_ROWS]) {
+  constexpr int WIDEST = 22;
   const int warp = own_thread() / 32, lane = own_thread() % 32;
-  unsigned low = 0, high = END;
+  unsigned low = 0, high = HIGHEST + 1;
   int below = 0, until = count + static_cast<int>(g.C); /* keys below `low`, fewer than drops; below `high`, no fewer */
-  unsigned limit = cut->key, step = cut->distance;
-  bool halve = false;
+  int shift = shared.shift;
+  unsigned base = shared.cut - min(shared.cut, BINS / 2u << shift);
+  int likely = shift;
 #pragma unroll 1
-  while (until != drops && high - low > 1) {
-    limit = max(low + 1, min(high - 1, limit));
-    int n = 0;
+  for (int turn = 0;; turn++) {
+    unsigned *const bins = shared.bins[turn % 3], *const next = shared.bins[(turn + 1) % 3];
+    unsigned before = 0;
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++)
-      if (i * WALKERS < plan.rows) n += walkers_count(key[i] < limit);
-    if (n < drops) {
-      low = limit;
-      below = n;
+    for (int i = 0; i < OWN_ROWS; i++) {
+      if (i * WALKERS >= plan.rows) break;
+      const unsigned bin = key[i] - base >> shift;
+      before += __popc(__ballot_sync(ALL, key[i] < base));
+      if (key[i] >= base && bin < BINS) atomicAdd(&bins[bin], 1u);
+    }
+    if (lane == 0 && before) atomicAdd(&bins[BINS], before);
+    /* Who still reads bins, reads those of the last turn. */
+    if (own_thread() <= BINS) next[own_thread()] = 0;
+    walkers_sync();
+    const uint2 own = *reinterpret_cast<const uint2 *>(&bins[2 * lane]);
+    const int start = static_cast<int>(bins[BINS]), both = static_cast<int>(own.x + own.y);
+    int reach = both;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+      const int other = __shfl_up_sync(ALL, reach, i);
+      if (lane >= i) reach += other;
+    }
+    reach += start;
+    const unsigned owners = __ballot_sync(ALL, reach >= drops);
+    const bool within = start < drops && owners;
+    if (within) {
+      const bool second = reach - static_cast<int>(own.y) < drops;
+      const int owner = __ffs(static_cast<int>(owners)) - 1, bin = 2 * lane + second;
+      below = __shfl_sync(ALL, second ? reach - static_cast<int>(own.y) : reach - both, owner);
+      until = __shfl_sync(ALL, second ? reach : reach - static_cast<int>(own.y), owner);
+      low = base + (static_cast<unsigned>(__shfl_sync(ALL, bin, owner)) << shift);
+      high = min(high, low + (1u << shift));
+    } else if (start < drops) {
+      below = __shfl_sync(ALL, reach, 31);
+      low = base + (static_cast<unsigned>(BINS) << shift);
     } else {
-      high = limit;
-      until = n;
+      until = start;
+      high = base;
     }
-    if (high == END || !low) { /* steps that grow, until it lies between two pivots */
-      limit = low ? low + min(step, high - low) : high - min(step, high);
-      step *= 4;
-      continue;
-    }
-    /* By turns where it lies if keys are spread evenly, and in the middle. */
-    const float share = __fdividef(static_cast<float>(drops - below), static_cast<float>(until - below));
-    limit = low + (halve ? (high - low) / 2 : static_cast<unsigned>(static_cast<float>(high - low) * share));
-    halve = !halve;
+    const bool found = until == drops || high - low <= 1;
+    if (turn == 0 && !found) likely = within ? max(0, shift - 1) : min(WIDEST, shift + 1);
+    if (found) break;
+    base = low;
+    shift = max(0, 26 - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
   }
-  cut->distance = max(LEAST_DISTANCE, (high > cut->key ? high - cut->key : cut->key - high) / 2);
-  cut->key = high;
   /* Where too many have the key `low`: those at or after this position. */
   int64_t last = INT64_MAX;
   if (until != drops) last = find_last_positions(g, plan, shared.unit, t, count, low, drops - below);
@@ -829,6 +840,11 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     if (lane == 0) shared.dropped[word] = bits;
   }
   walkers_sync();
+  if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0; /* for the next ranking */
+  if (own_thread() == 0) {
+    shared.cut = high;
+    shared.shift = likely;
+  }
   const unsigned own = 32 * lane < plan.rows ? shared.dropped[lane] : 0;
   int before = __popc(own);
 #pragma unroll
@@ -1105,7 +1121,6 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
                                           const block_place &block, cluster_shared &shared, const tables &t,
                                           cluster_turns *turns, int row, int set, int record) {
   cluster_progress progress = {};
-  last_cut cut = {1, 1u << 22};
   hidden_part h = {};
   begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
   const scan_unit &unit = shared.unit;
@@ -1133,7 +1148,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
       unsigned key[OWN_ROWS];
       sum_parts(g, plan, t, count, key);
       if (plan.blocks > 1) tell_cluster(read, plan.blocks);
-      const int freed = list_dropped(g, plan, shared, t, count, drops, key, &cut);
+      const int freed = list_dropped(g, plan, shared, t, count, drops, key);
       named_barrier_sync(HALVES, THREADS); /* and what is dropped is listed */
       swap_pairs<T>(g, plan, block, t, count, drops, freed);
       fence_async_proxy();
@@ -1178,7 +1193,10 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.column_block = block.rank % plan.column_blocks;
   /* Rows past the last newcomer, columns past F and the last rows of the halves are zero and stay so. */
   for (int at = own_thread() * 16; at < plan.parts; at += THREADS * 16) piece_at(at) = make_uint4(0, 0, 0, 0);
+  if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0;
   if (own_thread() == 0) {
+    shared.cut = 0;
+    shared.shift = 16;
     barrier_init(shared_address(&shared.full), 1);
     barrier_init(shared_address(&shared.read), plan.blocks * WARPS);
     barrier_init(shared_address(&shared.newcomers), HELPERS / 32);
