@@ -275,6 +275,12 @@ class Filling:
         self.cache.reset()
         return lola.attention(q, k, v, cache=self.cache, feature_map=self.layer.map, gate=self.gate, out=out)
 
+    def in_calls(self, tokens: int, q, k, v, out):
+        """The same in calls of so many tokens."""
+        self.cache.reset()
+        for part in zip(*(x.split(tokens, 1) for x in (q, k, v, out))):
+            lola.attention(*part[:3], cache=self.cache, feature_map=self.layer.map, gate=self.gate, out=part[3])
+
     def checks(self, data: Draw, tokens: int, prefix) -> list[workload.Check]:
         """The call at full size: its first tokens, and its last ones in closed form."""
         end, (check, _) = self.check_end(data, tokens), prefix
@@ -380,6 +386,8 @@ def crossover(ratios: dict[int, float]) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- phases
 
+_APART = 4096        # tokens of a call whose phases come one after the other: in longer ones they run beside each other
+
 
 def phases(backend, report: Report, plan: Plan):
     """G5: where the time of prefill goes, and the attention kernels against the matrix product."""
@@ -398,7 +406,7 @@ def _phases(backend, report, plan, geometry):
     gathered: list[dict[str, float]] = []
     runs = {
         "gemm": backend.gemm_flops,
-        "kernels": lambda: (gathered.append(backend.kernel_seconds(lambda: filling(*data.stored, out=out))), 0.0)[1],
+        "kernels": lambda: (gathered.append(backend.kernel_seconds(lambda: filling.in_calls(_APART, *data.stored, out))), 0.0)[1],
         "whole": lambda: drop(filling(*data.stored, out=out)),
     }
     values = alternate(backend, runs, max(5, plan.repeats // 3), plan.budget)

@@ -305,7 +305,7 @@ template <class Blocks>
 __global__ void __launch_bounds__(GENERIC_THREADS)
     attend_generic_kernel(const __grid_constant__ Blocks blocks, int64_t count, int beside) {
   __shared__ generic_shared shared;
-  lola_device_begin(beside);
+  if (beside) lola_device_begin(beside);
   for (int64_t index = blockIdx.x; index < count; index += gridDim.x) {
     if (threadIdx.x < 32) {
       bool open = blocks.open(index, &shared.block);

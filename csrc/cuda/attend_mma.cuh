@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(MMA_THREADS, BLOCKS)
   constexpr bool HELD = layout::HELD;
   extern __shared__ __align__(1024) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
-  lola_device_begin(beside);
+  if (beside) lola_device_begin(beside);
   int index = blockIdx.x;
   const int first_row = index % tiles * M;
   index /= tiles;

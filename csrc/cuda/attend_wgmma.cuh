@@ -542,7 +542,7 @@ __global__ void __launch_bounds__(WGMMA_EMPTY ? 32 : wgmma_layout<DP, WGS, SUBS>
     barrier_init(base + layout::Q_FULL, 128 + 1);
     barrier_init(base + layout::Q_EMPTY, 4 * WGS);
   }
-  lola_device_begin(beside);
+  if (beside) lola_device_begin(beside);
   __syncthreads();
   if (threadIdx.x / 128 == WGS) {
     give_registers<layout::PRODUCER_REGISTERS>();

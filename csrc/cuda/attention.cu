@@ -247,9 +247,11 @@ int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &com
   return from.used;
 }
 
-/* Every kernel of the loop awaits all before it, but attend and features beside the scan. Those read spans, the call's
- * arrays and what their segment's turn of scratch and copy of the pairs held before that scan; they write outputs and the
- * next segment's turn, of which nothing but its features is written before the next scan. */
+/* Every kernel of the loop awaits all before it, but attend of the segment before and features of the next one's tokens,
+ * which start once the scan's blocks have: whatever came before that scan has ended. Beside it they read spans, the
+ * call's arrays and what their own segment's turn holds since then, and write outputs and features of the next turn,
+ * which the last scan but one was the last to read. Commit awaits them before it overwrites the pairs that attend read.
+ */
 lola_status prefill(const lola_device_segment &common, const call_rows &rows, const lola_cuda_call *call,
                     lola_message *message) {
   cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
