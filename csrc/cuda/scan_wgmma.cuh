@@ -266,7 +266,7 @@ struct block_place {
 
 /* What changes from chunk to chunk; every thread of the cluster keeps the same. */
 struct cluster_progress {
-  int64_t folded;
+  bool folded;                  /* pairs were, so that there is a state */
   int count;                    /* slots in use */
   int recall_first, recall_end; /* tokens of the span whose phi(q)^T H is still to be written */
 };
@@ -1012,7 +1012,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   __syncthreads();
   const scan_unit &unit = shared.unit;
   progress->count = count;
-  progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head];
+  progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head] != 0;
   progress->recall_first = progress->recall_end = 0;
   for (int i = own_thread(); i < plan.rows; i += THREADS) {
     const bool pair = i < count;
@@ -1063,7 +1063,7 @@ __device__ __forceinline__ chunk_work work_of(const lola_device_segment &g, cons
 /* What the chunk has changed, when it is over. */
 __device__ __forceinline__ void advance(const lola_device_segment &g, const scan_unit &unit, const chunk_work &work,
                                         int64_t chunk, int record, cluster_progress *progress) {
-  if (work.selects) progress->folded += progress->count + g.C - g.L;
+  progress->folded |= work.selects;
   if (work.updates) progress->count = work.selects ? g.L : progress->count + static_cast<int>(g.C);
   progress->recall_first = progress->recall_end;
   const int64_t end = (chunk + 1) * g.C - unit.span.position;
@@ -1129,11 +1129,12 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     load_state<T>(g, plan, block, unit, t, &h);
   fence_async_proxy();
   __syncthreads();
-  const int64_t folded_before = progress.folded, last = unit.last;
+  const unsigned rankings = turns->rankings;
   const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
                  newcomers = shared_address(&shared.newcomers);
 #pragma unroll 1
-  for (int64_t chunk = unit.span.position / g.C; chunk <= last; chunk++) {
+  for (int left = static_cast<int>(unit.last - unit.span.position / g.C); left >= 0; left--) {
+    const int64_t chunk = unit.last - left;
     const chunk_work work = work_of(g, unit, progress, chunk);
     const int count = progress.count, drops = count + static_cast<int>(g.C) - g.L;
     if (work.selects) {
@@ -1167,7 +1168,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
   }
   cluster_arrive();
   cluster_wait();
-  end_unit<T>(g, block, unit, t, progress, h, progress.folded != folded_before);
+  end_unit<T>(g, block, unit, t, progress, h, turns->rankings != rankings);
   __syncthreads(); /* the tables are read to the end */
 }
 
