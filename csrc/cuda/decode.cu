@@ -47,8 +47,11 @@ bool fits_matrix(const plan_sizes &sizes) {
 
 /* Whether they go through the pipeline; sizes alone say so. */
 bool fits_pipeline(const plan_sizes &sizes) {
-  return sizes.dtype != LOLA_FLOAT32 && sizes.D == WIDE && sizes.Dv == WIDE && sizes.F % UNIT_PAIRS == 0 &&
-         sizes.r <= MATRIX_HEADS && sizes.R < (1 << 30) && sizes.L < (1 << 30);
+  if (sizes.dtype == LOLA_FLOAT32 || sizes.D != WIDE || sizes.Dv != WIDE || sizes.F % UNIT_PAIRS ||
+      sizes.r > MATRIX_HEADS)
+    return false;
+  const int64_t states = sizes.r * (sizes.F / UNIT_PAIRS), pairs = sizes.R + sizes.sets * sizes.L;
+  return pairs < (1 << 30) && states * (states + pairs / UNIT_PAIRS + sizes.sets + 2) < (1 << 30); /* 32-bit indices */
 }
 
 /* Whether a tile of them does not stay in a warp's hands. */

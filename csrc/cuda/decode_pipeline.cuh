@@ -53,19 +53,21 @@ struct work_unit {
   int tile;  /* tile of pairs, or part of the state */
 };
 
+/* States, which are less work, are spread evenly among the pairs of a (row, KV head). */
 __device__ __forceinline__ work_unit unit_at(const decode_plan &plan, unsigned index, unsigned first_group) {
   work_unit u;
-  const unsigned group = divided(index, plan.by_items);
-  u.group = static_cast<int>(group - first_group);
+  const unsigned group = divided(index, plan.by_items), states = static_cast<unsigned>(plan.state_items);
   unsigned item = index - group * static_cast<unsigned>(plan.items);
+  const unsigned before = divided(item * states, plan.by_items);
+  u.group = static_cast<int>(group - first_group);
   u.which = 0;
-  if (item < static_cast<unsigned>(plan.state_items)) {
+  if (divided((item + 1) * states, plan.by_items) > before) {
     u.kind = STATE_UNIT;
-    u.which = static_cast<int>(divided(item, plan.by_state_parts));
-    u.tile = static_cast<int>(item) - u.which * plan.state_parts;
+    u.which = static_cast<int>(divided(before, plan.by_state_parts));
+    u.tile = static_cast<int>(before) - u.which * plan.state_parts;
     return u;
   }
-  item -= static_cast<unsigned>(plan.state_items);
+  item -= before;
   u.kind = item < static_cast<unsigned>(plan.sparse_items) ? SPARSE_UNIT : WINDOW_UNIT;
   if (u.kind == SPARSE_UNIT)
     u.which = static_cast<int>(divided(item, plan.by_sparse_tiles));
