@@ -465,6 +465,15 @@ __device__ __forceinline__ void keep_newest(const lola_device_segment &g, const 
   }
 }
 
+/* A KV head whose units are all done: its outputs, and what the step leaves behind. */
+__device__ __noinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
+                                          const group_facts &facts, const float *partials) {
+  const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
+  const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
+  merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
+  keep_newest(g, facts, newest);
+}
+
 /* A block's run of a share. `updated`: the share's rows are. */
 template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
@@ -483,22 +492,23 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
 
   const int warp = threadIdx.x / 32, stride = plan.columns + 4;
   const int64_t head_step = plan.slots * stride;
-  work_unit next = unit_at(plan, begin, first_group);
-  ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
-  copies_end_group();
+  work_unit next = {};
 #pragma unroll 1
-  for (unsigned unit = begin; unit < end; unit++) {
+  for (unsigned ahead = begin; ahead <= end; ahead++) { /* asks for a unit, works on the one before it */
     const work_unit u = next;
-    const unsigned turn = (unit - begin) & 1;
-    copies_wait<0>();
-    __syncthreads(); /* the unit is there, and the sums of the last one were read */
-    if (unit + 1 < end) {
-      next = unit_at(plan, unit + 1, first_group);
-      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + (turn ^ 1) * STAGE_BYTES);
+    const unsigned turn = (ahead - begin) & 1;
+    if (ahead > begin) {
+      copies_wait<0>();
+      __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    }
+    if (ahead < end) {
+      next = unit_at(plan, ahead, first_group);
+      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + turn * STAGE_BYTES);
     }
     copies_end_group();
+    if (ahead == begin) continue;
     const group_facts &facts = known[u.group];
-    char *const stage = shared + turn * STAGE_BYTES;
+    char *const stage = shared + (turn ^ 1) * STAGE_BYTES;
     float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * head_step;
     if (facts.of.row < 0) {
       /* idle: nothing was asked for */
@@ -537,7 +547,7 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
                     warps, 0, heads, to);
       }
     }
-    if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
+    if (facts.of.row >= 0 && (ahead == end || next.group != u.group)) { /* the block's last of this KV head */
       const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
       bool merges = group_begin >= begin && group_end <= end;
@@ -551,14 +561,7 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
         __syncthreads();
         merges = last;
       }
-      if (merges) {
-        const auto count_of = [&](int j) -> int64_t {
-          return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
-        };
-        const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
-        merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
-        keep_newest(g, facts, newest);
-      }
+      if (merges) finish_group(g, plan, facts, partials);
     }
   }
 }
