@@ -81,6 +81,7 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   }
   p.window_tiles = divided_up(sizes.R, p.pairs);
   p.sparse_tiles = divided_up(sizes.L, p.pairs);
+  p.sets = static_cast<int>(sizes.sets);
   p.state_parts = p.pipeline ? static_cast<int>(sizes.F / UNIT_PAIRS) : 1;
   p.state_items = sizes.r * p.state_parts;
   p.sparse_items = sizes.sets * p.sparse_tiles;
@@ -407,7 +408,6 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
                                                 const decode_rows &ordered, unsigned index) {
   group_facts f = {};
   const unsigned place = divided(index, plan.by_kv_heads);
-  const int sets = g.S / g.Hkv;
   f.kv_head = static_cast<int>(index - place * g.Hkv);
   f.of = ordered.rows[place];
   /* Mostly rows are in their places, and what is asked for beside the row is the right one. */
@@ -418,8 +418,8 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
     f.folded = 0;
 #pragma unroll
     for (int i = 0; i < MATRIX_HEADS; i++) {
-      if (i < sets && g.L)
-        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * sets + i));
+      if (i < plan.sets && g.L)
+        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * plan.sets + i));
       if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(f.group) * g.r + i))
         f.folded |= 1u << i;
     }
@@ -537,7 +537,7 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
       if (count > 0) {
         const bool sparse = u.kind == SPARSE_UNIT;
         const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-        if (gathers && sparse) keep_entered(g, facts, u, stage + warp * QUARTER_BYTES);
+        if (gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
         if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
         __syncthreads();
         const tile_target to = {partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) +

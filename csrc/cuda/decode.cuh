@@ -42,6 +42,7 @@ struct decode_plan {
   int key_pieces, value_pieces;       /* of one key, of one value, the last filled up with zeros */
   int columns;                        /* Dv rounded up to whole pieces */
   int64_t window_tiles, sparse_tiles; /* per KV head; per set */
+  int sets;                           /* per KV head */
   int state_parts;                    /* of a query head's state */
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
   int64_t items;                      /* of a (row, KV head), in all */

@@ -106,7 +106,7 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   }
   const bool sparse = u.kind == SPARSE_UNIT;
   const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
-  const int64_t at = ((sparse ? group * (g.S / g.Hkv) + u.which : group) * slots + before) * ROW_BYTES;
+  const int64_t at = ((sparse ? group * plan.sets + u.which : group) * slots + before) * ROW_BYTES;
   const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
   prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
   prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
@@ -135,10 +135,10 @@ __device__ __forceinline__ int newest_of(const group_facts &facts, const work_un
 }
 
 /* The first slot of a (row, set) or (row, KV head). */
-__device__ __forceinline__ int64_t first_slot(const lola_device_segment &g, const group_facts &facts,
-                                              const work_unit &u) {
+__device__ __forceinline__ int64_t first_slot(const lola_device_segment &g, const decode_plan &plan,
+                                              const group_facts &facts, const work_unit &u) {
   const int64_t group = facts.group;
-  return u.kind == SPARSE_UNIT ? (group * (g.S / g.Hkv) + u.which) * g.L : group * g.R;
+  return u.kind == SPARSE_UNIT ? (group * plan.sets + u.which) * g.L : group * g.R;
 }
 
 __device__ __forceinline__ int slot_in(const lola_device_segment &g, const group_facts &facts, const work_unit &u,
@@ -185,7 +185,7 @@ __device__ __noinline__ void ask_scattered(const lola_device_segment &g, const d
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = lane / 16, piece = lane % 16;
   const int count = pairs_of(facts, u), newest = newest_of(facts, u);
   const bool sparse = u.kind == SPARSE_UNIT;
-  const int64_t first = first_slot(g, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
+  const int64_t first = first_slot(g, plan, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
 #pragma unroll 1
   for (int row = half; row < QUARTER; row += 2) {
     const int pair = warp * QUARTER + row;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
     ask_scattered(g, plan, facts, u, gathers, quarter);
     return;
   }
-  const int64_t at = (first_slot(g, facts, u) + slot + half) * ROW_BYTES + piece * PIECE;
+  const int64_t at = (first_slot(g, plan, facts, u) + slot + half) * ROW_BYTES + piece * PIECE;
   const char *const key = static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at;
   const char *const value = static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at;
 #pragma unroll
@@ -296,10 +296,10 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
 }
 
 /* Pairs that entered the sparse cache, from where their lanes copied them, into their slots. */
-__device__ __noinline__ void keep_entered(const lola_device_segment &g, const group_facts &facts, const work_unit u,
-                                          const char *quarter) {
+__device__ __noinline__ void keep_entered(const lola_device_segment &g, const decode_plan &plan,
+                                          const group_facts &facts, const work_unit u, const char *quarter) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16, count = pairs_of(facts, u);
-  const int64_t first = first_slot(g, facts, u);
+  const int64_t first = first_slot(g, plan, facts, u);
 #pragma unroll 1
   for (int i = 0; i < QUARTER / 2; i++) {
     const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
