@@ -176,13 +176,7 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
     take_phi(&from, &g);
   }
   g.tokens = g.B; /* a token a row, at most */
-  lola_status status = lola_cuda_decode_begin(&g, rows, decode_scratch, stream, message);
-  if (!call->no_update) {
-    if (!status) status = lola_cuda_segment_features(&g, 0, stream, message);
-    if (!status) status = lola_cuda_scan(&g, 0, stream, message);
-    if (!status && !lola_cuda_decode_commits(&g)) status = lola_cuda_commit_sparse(&g, stream, message);
-  }
-  if (!status) status = lola_cuda_decode(&g, decode_scratch, !call->no_update, stream, message);
+  const lola_status status = lola_cuda_decode(&g, rows, decode_scratch, !call->no_update, stream, message);
   lola_cuda_release(call->device, phi, call->stream);
   return status;
 }

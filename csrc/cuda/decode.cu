@@ -740,7 +740,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
     p.prefetch = p.blocks <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   }
   if (p.shared_bytes + 64 > limits->shared_bytes) return too_large(g, p.shared_bytes, limits->shared_bytes, message);
-  p.gathers = lola_cuda_decode_commits(&g);
+  p.gathers = p.pipeline && !g.stores_features;
   p.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
   p.call_aligned = p.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
   p.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
@@ -779,19 +779,12 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
          groups * floats * 4;
 }
 
-int lola_cuda_decode_commits(const lola_device_segment *segment) {
-  return uses_matrix(*segment) && fits_pipeline(sizes_of(*segment)) && !segment->stores_features;
-}
+namespace {
 
-lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const call_rows &rows, void *scratch,
-                                   cudaStream_t stream, lola_message *message) {
-  const lola_device_segment &g = *segment;
-  if (!g.B || !g.Hkv) return LOLA_OK;
-  int device = 0;
-  device_limits limits = {};
-  decode_plan step = {};
-  lola_status status = plan_step(g, &step, &device, &limits, message);
-  if (status) return status;
+/* The step's first kernel. */
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
+                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
+                           lola_message *message) {
   const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
@@ -812,7 +805,6 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
   if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
-  const scratch_places places = places_in(scratch, g);
   const auto queue = [&](auto kernel) {
     return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
                                     places.ordered, places.phi);
@@ -827,8 +819,10 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   return launched(error, "decode_queries", message);
 }
 
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
-                             lola_message *message) {
+} // namespace
+
+lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
+                             cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B || !g.Hkv) return LOLA_OK;
   int device = 0;
@@ -836,8 +830,16 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   decode_plan plan = {};
   lola_status status = plan_step(g, &plan, &device, &limits, message);
   if (status) return status;
-  plan.awaits = !updated;
-  const launch_arguments a = {segment, plan, places_in(scratch, g), is_long(sizes_of(g)), stream};
+  plan.awaits = !updates;
+  const scratch_places places = places_in(scratch, g);
+  status = launch_queries(g, rows, plan, places, limits, device, stream, message);
+  if (updates) {
+    if (!status) status = lola_cuda_segment_features(segment, 0, stream, message);
+    if (!status) status = lola_cuda_scan(segment, 0, stream, message);
+    if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
+  }
+  if (status) return status;
+  const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
                                                       : launch_items<__nv_bfloat16>(a, device);

@@ -9,8 +9,8 @@
  *   attend    all blocks of queries at once from those records
  *   commit    keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
  *
- * Decoding (T = 1) runs decode.cu's `begin`, then features, scan and commit of the sparse cache, which return at once when
- * no row begins a chunk, then decode.cu's main kernel. */
+ * Decoding (T = 1) runs decode.cu's first kernel, then features, scan and, where its main kernel does not do that itself,
+ * commit of the sparse cache, which return at once when no row begins a chunk, then the main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH
 #define LOLA_CUDA_SEGMENT_CUH
 
@@ -91,16 +91,12 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, cudaStr
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* The segment's last R tokens into the window ring; then tokens_seen and chunks. */
 lola_status lola_cuda_commit_window(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* One token for each row that is not idle. `begin` writes spans and keeps phi(q); then comes the update, if any row may
- * have one (`updated`); `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Before it
- * come commit_sparse's copies, but where it makes them itself. `scratch` of lola_cuda_decode_bytes, zeroed once, left
- * zeroed where it must be. */
+/* One token for each row that is not idle: attends, writes the token into the ring, advances tokens_seen and chunks;
+ * before that, where rows may have one (`updates`), comes the update. `scratch` of lola_cuda_decode_bytes, zeroed once,
+ * left zeroed where it must be. */
 int64_t lola_cuda_decode_bytes(const lola_cache *cache);
-int lola_cuda_decode_commits(const lola_device_segment *segment);
-lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
-                                   cudaStream_t stream, lola_message *message);
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
-                             lola_message *message);
+lola_status lola_cuda_decode(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
+                             int updates, cudaStream_t stream, lola_message *message);
 
 /* After a launch: its error, or else the last one, as a status that names the kernel. */
 static inline lola_status lola_cuda_launched(cudaError_t error, const char *kernel, lola_message *message) {
