@@ -206,7 +206,7 @@ lola_status prefill(lola_device_segment g, const call_rows &rows, const lola_cud
     g.tokens = static_cast<int>(batch * part);
     g.chunk_records = static_cast<int>(packed ? part / g.C + 2 * g.B + 1 : batch * (part / g.C + 2));
     status = queue_plan(g, rows, first, part, stream, message);
-    if (!status) status = lola_cuda_segment_features(&g, 1, stream, message);
+    if (!status) status = lola_cuda_segment_features(&g, 1, nullptr, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
     if (!status) status = lola_cuda_segment_attend(&g, stream, message);
     if (!status) status = lola_cuda_commit_sparse(&g, stream, message);

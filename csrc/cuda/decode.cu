@@ -136,8 +136,9 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
   p->shared_bytes = most;
 }
 
-/* Scratch: a counter of arrivals per (row, KV head), zero between launches; the rows in order; phi(q); partials. */
-int64_t counter_bytes(int64_t groups) { return divided_up(groups * 4, 256) * 256; }
+/* Scratch: counters of arrivals per (row, KV head) and per row, zero between launches; the rows in order; phi(q);
+ * partials. */
+int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) * 4, 256) * 256; }
 int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row)) + 4, 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
@@ -442,8 +443,8 @@ __device__ __forceinline__ newest_elements load_newest(const lola_device_segment
                          reinterpret_cast<const uint16_t *>(value)[threadIdx.x]};
 }
 
-/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache; its score; and
- * the counters. */
+/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache, and its score.
+ */
 __device__ __forceinline__ void keep_newest(const lola_device_segment &g, const group_facts &facts,
                                             const newest_elements &newest) {
   const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.of.ring_slot;
@@ -459,19 +460,65 @@ __device__ __forceinline__ void keep_newest(const lola_device_segment &g, const 
       sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.of.batch, facts.of.first, h));
     g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.of.ring_slot] = sum;
   }
-  if (facts.kv_head == 0 && threadIdx.x == 0) {
-    g.tokens_seen[facts.of.row] = facts.of.position + 1;
-    if (facts.of.chunk > g.chunks[facts.of.row]) g.chunks[facts.of.row] = facts.of.chunk;
-  }
 }
 
-/* A KV head whose units are all done: its outputs, and what the step leaves behind. */
+/* The row's counters, by one thread. */
+__device__ __forceinline__ void advance(const lola_device_segment &g, const decode_row &of) {
+  g.tokens_seen[of.row] = of.position + 1;
+  if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
+}
+
+/* A KV head whose units are all done: its outputs, and what the step leaves behind; `awaits`: an update's kernel may
+ * still look at a counter of the row's. */
 __device__ __noinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
-                                          const group_facts &facts, const float *partials) {
+                                          const group_facts &facts, bool awaits, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
   merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
+  if (awaits) lola_device_await_previous();
   keep_newest(g, facts, newest);
+}
+
+/* A unit that is there, into its partials. `phi`: of a state's rows. */
+template <typename T>
+__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, const work_unit &u, bool gathers, char *stage,
+                                             const float *phi, float *sums, float *partials) {
+  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
+  const int64_t head_step = plan.slots * stride;
+  if (u.kind == STATE_UNIT) {
+    float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
+    const bool folded = facts.folded >> u.which & 1;
+    if (folded) recall_quarter(stage, phi, sums);
+    if (g.stores_features && u.tile == 0)
+      keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
+                    static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
+    __syncthreads();
+    if (folded && warp == 0) {
+      float n[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float x[4];
+        load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
+#pragma unroll
+        for (int e = 0; e < 4; e++) n[e] += x[e];
+      }
+      store_floats<4>(partial + threadIdx.x * 4, n);
+    }
+    if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
+    return;
+  }
+  const int count = pairs_of(facts, u);
+  if (count <= 0) return;
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
+  if (gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
+  if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
+  __syncthreads();
+  const tile_target to = {
+      partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) + u.tile * stride, head_step};
+  merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS, warps, 0,
+              heads, to);
 }
 
 /* A block's run of a share. `updated`: the share's rows are. */
@@ -490,8 +537,6 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
     known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
   __syncthreads();
 
-  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
-  const int64_t head_step = plan.slots * stride;
   work_unit next = {};
 #pragma unroll 1
   for (unsigned ahead = begin; ahead <= end; ahead++) { /* asks for a unit, works on the one before it */
@@ -509,44 +554,10 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
     if (ahead == begin) continue;
     const group_facts &facts = known[u.group];
     char *const stage = shared + (turn ^ 1) * STAGE_BYTES;
-    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * head_step;
-    if (facts.of.row < 0) {
-      /* idle: nothing was asked for */
-    } else if (u.kind == STATE_UNIT) {
-      float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
-      const bool folded = facts.folded >> u.which & 1;
-      if (folded) recall_quarter(stage, sums);
-      if (g.stores_features && u.tile == 0)
-        keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
-                      static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
-      __syncthreads();
-      if (folded && warp == 0) {
-        float n[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-          float x[4];
-          load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
-#pragma unroll
-          for (int e = 0; e < 4; e++) n[e] += x[e];
-        }
-        store_floats<4>(partial + threadIdx.x * 4, n);
-      }
-      if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
-    } else {
-      const int count = pairs_of(facts, u);
-      if (count > 0) {
-        const bool sparse = u.kind == SPARSE_UNIT;
-        const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-        if (gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
-        if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
-        __syncthreads();
-        const tile_target to = {partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) +
-                                    u.tile * stride,
-                                head_step};
-        merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS,
-                    warps, 0, heads, to);
-      }
-    }
+    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
+    if (facts.of.row >= 0) /* nothing was asked for of one that is idle */
+      work_on_unit<T>(g, plan, facts, u, gathers, stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums,
+                      partials);
     if (facts.of.row >= 0 && (ahead == end || next.group != u.group)) { /* the block's last of this KV head */
       const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
@@ -561,7 +572,10 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
         __syncthreads();
         merges = last;
       }
-      if (merges) finish_group(g, plan, facts, partials);
+      if (merges) {
+        finish_group(g, plan, facts, false, partials);
+        if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
+      }
     }
   }
 }
@@ -586,6 +600,124 @@ __global__ void __launch_bounds__(THREADS, 3)
   }
 }
 
+/* --- a unit a block, and no kernel before it -------------------------------------------------------- */
+
+/* As facts_of, from the cache and the call themselves. */
+__device__ __forceinline__ group_facts own_facts(const lola_device_segment &g, const call_rows &rows,
+                                                 const decode_plan &plan, unsigned group, bool *updated) {
+  group_facts f = {};
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = plan.sets;
+  f.kv_head = static_cast<int>(group) - row * g.Hkv;
+  f.group = group;
+  const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
+#pragma unroll
+  for (int i = 0; i < MATRIX_HEADS; i++) {
+    if (i < sets && g.L) f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(group) * sets + i));
+    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(group) * g.r + i))
+      f.folded |= 1u << i;
+  }
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  const row_window window = window_of(g, plan, position);
+  f.of.batch = rows.cu_seqlens.data ? 0 : row;
+  f.of.first = start;
+  f.of.position = position;
+  f.of.chunk = window.chunk;
+  f.of.row = stop > start ? row : -1;
+  f.of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
+  f.of.window_pairs = static_cast<int>(window.pairs);
+  f.of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+  const int64_t leaves = lola_device_leaving_first(g, last_update + 1);
+  *updated = stop > start && window.first > max(leaves, INT64_C(0));
+  return f;
+}
+
+/* For batches so small that every unit has a block which runs at once: then a step takes as long as what waits for one
+ * another in it, and a kernel of its own for phi(q) would be one more. So a block looks its row up itself, and those of
+ * a state compute phi(q), as decode_queries_kernel does. The rows' spans, for the update, are features' to write. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 3)
+    decode_small_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                        const __grid_constant__ query_plan queries, const __grid_constant__ decode_plan plan,
+                        unsigned *counters, unsigned *row_counters, float *scratch) {
+  extern __shared__ __align__(16) char shared[]; /* a stage, then what the projection takes */
+  __shared__ group_facts facts;
+  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
+  __shared__ int is_updated, last;
+  lola_device_start_next();
+  const work_unit u = unit_at(plan, blockIdx.x, 0);
+  const unsigned group = static_cast<unsigned>(u.group);
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)),
+            head = (static_cast<int>(group) - row * g.Hkv) * g.r + u.which, M = g.F / 2;
+  const bool is_state = u.kind == STATE_UNIT;
+  float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
+               *const kept = parts + queries.phi_at, *const phi = kept + g.F;
+  if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
+  const auto look_up = [&] {
+    /* With an update's kernels between, this one has not begun before all that came before them has ended. */
+    if (plan.awaits) lola_device_await_previous();
+    if (threadIdx.x == THREADS - 1) {
+      bool updated;
+      facts = own_facts(g, rows, plan, group, &updated);
+      if (updated) {
+        lola_device_await_previous();
+        facts = own_facts(g, rows, plan, group, &updated);
+      }
+      is_updated = updated;
+    }
+  };
+  const auto stage_query = [&] {
+    look_up();
+    int64_t start, stop;
+    row_range(rows, row, &start, &stop);
+    const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
+    if (stop <= start) return;
+    if (queries.query_vector) {
+      float eight[8];
+      if (threadIdx.x < WIDE / 8) {
+        load_eight(q, threadIdx.x, g.q.dtype, eight);
+        store_floats<8>(x + threadIdx.x * 8, eight);
+      }
+    } else {
+      x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
+    }
+  };
+  if (is_state && g.mixing != LOLA_MIXING_CACHE_ONLY)
+    project<4, 1>(g.map.w_q + static_cast<int64_t>(head) * WIDE * M, WIDE, M, queries, x, parts, stage_query);
+  else
+    look_up();
+  __syncthreads();
+  if (is_updated) lola_device_await_previous(); /* every thread that reads what the update wrote */
+  work_unit own = u;
+  own.group = 0;
+  const bool gathers = is_updated && plan.gathers;
+  float *const partials = scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4);
+  if (facts.of.row >= 0) {
+    ask_unit<T>(g, plan, facts, own, gathers, nullptr, shared);
+    copies_end_group();
+    if (is_state && threadIdx.x < 32 && facts.folded >> u.which & 1)
+      exponentials(queries, parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, true, kept, phi);
+    copies_wait<0>();
+    __syncthreads();
+    work_on_unit<T>(g, plan, facts, own, gathers, shared, phi + u.tile * UNIT_PAIRS, sums, partials);
+    __syncthreads(); /* the partial is written */
+    if (threadIdx.x == 0) {
+      last = arrive(&counters[group]) == static_cast<unsigned>(plan.items) - 1;
+      if (last) counters[group] = 0;
+    }
+    __syncthreads();
+    if (last) {
+      finish_group(g, plan, facts, true, partials);
+      /* Every block of the row has looked its counters up when the last of its KV heads is done. */
+      if (threadIdx.x == 0 && arrive(&row_counters[row]) == static_cast<unsigned>(g.Hkv) - 1) {
+        row_counters[row] = 0;
+        advance(g, facts.of);
+      }
+    }
+  }
+  lola_device_await_previous(); /* so that whoever awaits this kernel awaits all before it */
+}
+
 /* --- the launches ----------------------------------------------------------------------------------- */
 
 constexpr int DEVICES = 64;
@@ -605,17 +737,18 @@ template <auto KERNEL> cudaError_t allow_shared(int64_t bytes, int device) {
 
 /* Where a step's scratch lies. */
 struct scratch_places {
-  unsigned *counters;
+  unsigned *counters, *row_counters;
   decode_rows ordered;
   float *phi, *partials;
 };
 
 scratch_places places_in(void *scratch, const lola_device_segment &g) {
   char *const counters = static_cast<char *>(scratch);
-  char *const rows = counters + counter_bytes(static_cast<int64_t>(g.B) * g.Hkv);
+  char *const rows = counters + counter_bytes(g.B, g.Hkv);
   char *const phi = rows + rows_bytes(g.B);
   scratch_places places;
   places.counters = reinterpret_cast<unsigned *>(counters);
+  places.row_counters = places.counters + static_cast<int64_t>(g.B) * g.Hkv;
   places.ordered.rows = reinterpret_cast<decode_row *>(rows);
   places.ordered.plain = reinterpret_cast<int *>(places.ordered.rows + g.B);
   places.phi = reinterpret_cast<float *>(phi);
@@ -709,6 +842,9 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
                    cudaGetErrorString(error));
 }
 
+/* Whether the weights of queries can be read 16 bytes at a time. */
+bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0; }
+
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
  * groups. */
 int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
@@ -734,6 +870,8 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
     p.blocks = pipeline_blocks(groups, *limits, p);
+    p.small = is_hedgehog(g.map) && !g.stores_features && g.F % 8 == 0 && aligned_weights(g) &&
+              groups * p.items <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   } else {
     place_shared(sizes, &p);
     p.blocks = groups * p.items;
@@ -775,16 +913,14 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(groups) + rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) +
+  return counter_bytes(shape.batch, shape.kv_heads) + rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) +
          groups * floats * 4;
 }
 
 namespace {
 
-/* The step's first kernel. */
-lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
-                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
-                           lola_message *message) {
+/* The first kernel's plan, but for its blocks. */
+query_plan plan_queries(const lola_device_segment &g, int rows_of_block) {
   const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
@@ -794,13 +930,25 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   plan.parts = projects ? divided_up(M, static_cast<int64_t>(plan.weight_vector) << plan.weight_shift) * THREADS *
                               plan.weight_vector
                         : 0;
-  const int64_t row_floats = reads_q ? plan.parts + g.D + g.F : 0;
-  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
-                    MANY_ROWS * row_floats * 4 <= 48 << 10;
-  const int rows_of_block = many ? MANY_ROWS : 1;
   plan.x_at = static_cast<int>(rows_of_block * plan.parts);
   plan.phi_at = static_cast<int>(plan.x_at + rows_of_block * static_cast<int64_t>(reads_q ? g.D : 0));
-  const int64_t bytes = rows_of_block * row_floats * 4;
+  return plan;
+}
+
+/* Its shared memory for a row. */
+int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
+  return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
+}
+
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
+                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
+                           lola_message *message) {
+  query_plan plan = plan_queries(g, 1);
+  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
+                    MANY_ROWS * query_bytes(g, plan) <= 48 << 10;
+  const int rows_of_block = many ? MANY_ROWS : 1;
+  if (many) plan = plan_queries(g, MANY_ROWS);
+  const int64_t bytes = rows_of_block * query_bytes(g, plan);
   if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
   plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
@@ -819,6 +967,18 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   return launched(error, "decode_queries", message);
 }
 
+template <auto KERNEL>
+cudaError_t launch_small_kernel(const lola_device_segment &g, const call_rows &rows, const decode_plan &plan,
+                                const scratch_places &places, int device, cudaStream_t stream) {
+  const query_plan queries = plan_queries(g, 1);
+  const int64_t bytes = STAGE_BYTES + query_bytes(g, queries) + g.F * INT64_C(4);
+  const cudaError_t error = allow_shared<KERNEL>(bytes, device);
+  if (error != cudaSuccess) return error;
+  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(static_cast<int64_t>(g.B) * g.Hkv * plan.items),
+                                  THREADS, bytes, stream, g, rows, queries, plan, places.counters,
+                                  places.row_counters, places.partials);
+}
+
 } // namespace
 
 lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
@@ -832,13 +992,18 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   if (status) return status;
   plan.awaits = !updates;
   const scratch_places places = places_in(scratch, g);
-  status = launch_queries(g, rows, plan, places, limits, device, stream, message);
+  if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
-    if (!status) status = lola_cuda_segment_features(segment, 0, stream, message);
+    if (!status) status = lola_cuda_segment_features(segment, 0, plan.small ? &rows : nullptr, stream, message);
     if (!status) status = lola_cuda_scan(segment, 0, stream, message);
     if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
   }
   if (status) return status;
+  if (plan.small)
+    return launched(g.dtype == LOLA_FLOAT16
+                        ? launch_small_kernel<decode_small_kernel<__half>>(g, rows, plan, places, device, stream)
+                        : launch_small_kernel<decode_small_kernel<__nv_bfloat16>>(g, rows, plan, places, device, stream),
+                    "decode", message);
   const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)

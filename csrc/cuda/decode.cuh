@@ -55,7 +55,8 @@ struct decode_plan {
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */
   int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
-  int awaits;                      /* the pipeline follows its queries at once, which may still be under way */
+  int awaits;                      /* no update's kernels come before the main one */
+  int small;                       /* a unit a block, and no kernel for queries */
   int gathers; /* it reads pairs that enter the sparse cache from the window ring, and commits them to their slots */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
   int newest_at;

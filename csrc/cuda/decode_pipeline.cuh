@@ -271,7 +271,8 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
                  stage + REST_AT + query_place(head, piece));
 }
 
-/* Asks for a unit and what its products have on the left; a warp for its quarter. */
+/* Asks for a unit and what its products have on the left, without `query_phi` all but the features; a warp for its
+ * quarter. */
 template <typename T>
 __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
                                          const group_facts &facts, const work_unit &u, bool gathers,
@@ -287,7 +288,7 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
   if (!(facts.folded >> u.which & 1)) return;
   const int64_t first = (static_cast<int64_t>(facts.group) * g.r + u.which) * g.F + u.tile * UNIT_PAIRS;
   const float *const from = g.hidden + (first + warp * QUARTER) * WIDE + lane * 4;
-  if (threadIdx.x < 32) { /* 16 pieces of features, as many of s */
+  if (threadIdx.x < 32 && (query_phi || lane >= 16)) { /* 16 pieces of features, as many of s */
     const float *const left = (lane < 16 ? query_phi : g.normalizer) + first + lane % 16 * 4;
     copy_async<16>(stage + (lane < 16 ? QUERIES_AT : REST_AT) + lane % 16 * PIECE, left);
   }
@@ -400,11 +401,12 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   }
 }
 
-/* N of this warp's quarter into its place, the four columns of a lane side by side; its part of z into `sums`. */
-__device__ __forceinline__ void recall_quarter(char *stage, float *sums) {
+/* N of this warp's quarter into its place, the four columns of a lane side by side; its part of z into `sums`. `phi`:
+ * the unit's features. */
+__device__ __forceinline__ void recall_quarter(char *stage, const float *phi, float *sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char *const quarter = stage + warp * QUARTER_BYTES;
-  const float *const phi = reinterpret_cast<const float *>(stage + QUERIES_AT) + warp * QUARTER;
+  phi += warp * QUARTER;
   const float *const s = reinterpret_cast<const float *>(stage + REST_AT) + warp * QUARTER;
   float n[4] = {0, 0, 0, 0};
 #pragma unroll 1

@@ -11,6 +11,7 @@
  * tiles (head, source, rows), and `resolve` says where each row of a tile comes from and goes to. */
 #include "cuda/chain.cuh"
 #include "cuda/device.cuh"
+#include "cuda/plan.cuh"
 #include "cuda/scan.cuh"
 #include "cuda/steps.cuh"
 
@@ -26,7 +27,9 @@ enum source_kind { SLOTS, RING, KEYS, QUERIES, ARRAY };
 /* Tiles of one launch, in the order [head][source][cache row][rows]; queries, which have weights of their own, last. */
 struct feature_job {
   lola_device_segment g; /* of the plain step: D, F, Hq, map */
-  lola_array x;          /* the plain step's array */
+  call_rows spans_of;    /* what the spans are to be written from, if `writes_spans` */
+  int writes_spans;
+  lola_array x; /* the plain step's array */
   int64_t T, rows;
   int per_head; /* query heads per head of x */
   float *out;
@@ -165,6 +168,13 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   *from = lola_device_at(x, span.batch, span.first + offset, tile.head);
   *dtype = x.dtype;
   return true;
+}
+
+/* The spans of a decoding step. All blocks write the same, so that each can read them at once. */
+__device__ void write_spans(const feature_job &job) {
+  if (!job.writes_spans) return;
+  for (int row = threadIdx.x; row < job.g.B; row += blockDim.x) job.g.spans[row] = span_of(job.g, job.spans_of, row, 0, 1);
+  __syncthreads();
 }
 
 /* Looks up once which cache rows have work, so that blocks share out what there is; false when no tile has any. */
@@ -411,6 +421,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
+  write_spans(job);
   if (!list_rows(job, &list)) return;
   for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
   __syncwarp();
@@ -541,6 +552,7 @@ __global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_co
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = PLAIN_THREADS / 32;
   lola_device_await_previous();
   lola_device_start_next();
+  write_spans(job);
   if (!list_rows(job, &list)) return;
   const int64_t tiles = tiles_of(job, list), total = tiles * g.Hq;
   int hint = 0;
@@ -743,10 +755,12 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
 
 } // namespace
 
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, cudaStream_t stream,
-                                       lola_message *message) {
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, const call_rows *rows_of_call,
+                                       cudaStream_t stream, lola_message *message) {
   feature_job job = {};
   job.g = *segment;
+  job.writes_spans = rows_of_call != nullptr;
+  if (rows_of_call) job.spans_of = *rows_of_call;
   lola_device_segment &g = job.g;
   if (g.stores_features) g.map.kind = LOLA_MAP_GIVEN;
   job.round = g.dtype != LOLA_FLOAT32;

@@ -79,9 +79,9 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 /* --- launchers: one per step, each queues its kernels and returns the launch's status ------------------------------ */
 
 /* slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk), and with
- * `tokens` also token_phi and query_phi. */
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, cudaStream_t stream,
-                                       lola_message *message);
+ * `tokens` also token_phi and query_phi. With `rows` (decoding, where nothing else does) it writes the spans first. */
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int tokens, const struct call_rows *rows,
+                                       cudaStream_t stream, lola_message *message);
 /* Bytes of `exchange` for this cache on the current device. */
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
