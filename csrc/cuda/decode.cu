@@ -47,11 +47,8 @@ bool fits_matrix(const plan_sizes &sizes) {
 
 /* Whether they go through the pipeline; sizes alone say so. */
 bool fits_pipeline(const plan_sizes &sizes) {
-  if (sizes.dtype == LOLA_FLOAT32 || sizes.D != WIDE || sizes.Dv != WIDE || sizes.F % UNIT_PAIRS ||
-      sizes.r > MATRIX_HEADS)
-    return false;
-  const int64_t states = sizes.r * (sizes.F / UNIT_PAIRS), pairs = sizes.R + sizes.sets * sizes.L;
-  return pairs < (1 << 30) && states * (states + pairs / UNIT_PAIRS + sizes.sets + 2) < (1 << 30); /* 32-bit indices */
+  return sizes.dtype != LOLA_FLOAT32 && sizes.D == WIDE && sizes.Dv == WIDE && sizes.F % UNIT_PAIRS == 0 &&
+         sizes.r <= MATRIX_HEADS && sizes.R < (1 << 30) && sizes.L < (1 << 30);
 }
 
 /* Whether a tile of them does not stay in a warp's hands. */
@@ -470,7 +467,7 @@ __device__ __forceinline__ void advance(const lola_device_segment &g, const deco
 
 /* A KV head whose units are all done: its outputs, and what the step leaves behind; `awaits`: an update's kernel may
  * still look at a counter of the row's. */
-__device__ __noinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
+__device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
                                           const group_facts &facts, bool awaits, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
@@ -537,28 +534,27 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
     known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
   __syncthreads();
 
-  work_unit next = {};
+  work_unit next = unit_at(plan, begin, first_group);
+  ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
+  copies_end_group();
 #pragma unroll 1
-  for (unsigned ahead = begin; ahead <= end; ahead++) { /* asks for a unit, works on the one before it */
+  for (unsigned unit = begin; unit < end; unit++) {
     const work_unit u = next;
-    const unsigned turn = (ahead - begin) & 1;
-    if (ahead > begin) {
-      copies_wait<0>();
-      __syncthreads(); /* the unit is there, and the sums of the last one were read */
-    }
-    if (ahead < end) {
-      next = unit_at(plan, ahead, first_group);
-      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + turn * STAGE_BYTES);
+    const unsigned turn = (unit - begin) & 1;
+    copies_wait<0>();
+    __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    if (unit + 1 < end) {
+      next = unit_at(plan, unit + 1, first_group);
+      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + (turn ^ 1) * STAGE_BYTES);
     }
     copies_end_group();
-    if (ahead == begin) continue;
     const group_facts &facts = known[u.group];
-    char *const stage = shared + (turn ^ 1) * STAGE_BYTES;
+    char *const stage = shared + turn * STAGE_BYTES;
     float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
     if (facts.of.row >= 0) /* nothing was asked for of one that is idle */
       work_on_unit<T>(g, plan, facts, u, gathers, stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums,
                       partials);
-    if (facts.of.row >= 0 && (ahead == end || next.group != u.group)) { /* the block's last of this KV head */
+    if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
       const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
       bool merges = group_begin >= begin && group_end <= end;

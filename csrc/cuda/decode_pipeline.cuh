@@ -30,10 +30,10 @@ constexpr int QUARTER_BYTES = 2 * QUARTER * ROW_BYTES;
 constexpr int QUERIES_AT = WARPS * QUARTER_BYTES, REST_AT = QUERIES_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int STAGE_BYTES = REST_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int PIPELINE_BYTES = 2 * STAGE_BYTES;
-constexpr int SUM_PITCH = WIDE; /* floats of a head's sums in shared memory */
-constexpr int MOST_GROUPS = 16; /* that a block's run touches */
+constexpr int SUM_PITCH = WIDE + 8; /* floats of a head's sums in shared memory */
+constexpr int MOST_GROUPS = 16;     /* that a block's run touches */
 static_assert(QUARTER * WIDE * 4 == QUARTER_BYTES, "a quarter holds as many rows of a state as pairs");
-static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER * ROW_BYTES, "sums take the place of keys");
+static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER_BYTES, "sums take the place of a quarter");
 
 /* What a block knows of a (row, KV head), looked up once. */
 struct group_facts {
@@ -53,21 +53,19 @@ struct work_unit {
   int tile;  /* tile of pairs, or part of the state */
 };
 
-/* States, which are less work, are spread evenly among the pairs of a (row, KV head). */
 __device__ __forceinline__ work_unit unit_at(const decode_plan &plan, unsigned index, unsigned first_group) {
   work_unit u;
-  const unsigned group = divided(index, plan.by_items), states = static_cast<unsigned>(plan.state_items);
-  unsigned item = index - group * static_cast<unsigned>(plan.items);
-  const unsigned before = divided(item * states, plan.by_items);
+  const unsigned group = divided(index, plan.by_items);
   u.group = static_cast<int>(group - first_group);
+  unsigned item = index - group * static_cast<unsigned>(plan.items);
   u.which = 0;
-  if (divided((item + 1) * states, plan.by_items) > before) {
+  if (item < static_cast<unsigned>(plan.state_items)) {
     u.kind = STATE_UNIT;
-    u.which = static_cast<int>(divided(before, plan.by_state_parts));
-    u.tile = static_cast<int>(before) - u.which * plan.state_parts;
+    u.which = static_cast<int>(divided(item, plan.by_state_parts));
+    u.tile = static_cast<int>(item) - u.which * plan.state_parts;
     return u;
   }
-  item -= before;
+  item -= static_cast<unsigned>(plan.state_items);
   u.kind = item < static_cast<unsigned>(plan.sparse_items) ? SPARSE_UNIT : WINDOW_UNIT;
   if (u.kind == SPARSE_UNIT)
     u.which = static_cast<int>(divided(item, plan.by_sparse_tiles));
@@ -174,83 +172,67 @@ __device__ __forceinline__ void copy_newest(void *to, const char *from, bool ali
     return;
   }
   const uint16_t *x = reinterpret_cast<const uint16_t *>(from);
-#pragma unroll 1
+#pragma unroll
   for (int e = 0; e < 8; e++) static_cast<uint16_t *>(to)[e] = x[e];
 }
 
-/* Asks for this warp's quarter of a unit of pairs that is no run of memory, or not all of it. `gathers`: pairs that
- * enter the sparse cache come from the window ring. */
-__device__ __noinline__ void ask_scattered(const lola_device_segment &g, const decode_plan &plan,
-                                           const group_facts &facts, const work_unit u, bool gathers, char *quarter) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = lane / 16, piece = lane % 16;
-  const int count = pairs_of(facts, u), newest = newest_of(facts, u);
-  const bool sparse = u.kind == SPARSE_UNIT;
-  const int64_t first = first_slot(g, plan, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
-#pragma unroll 1
-  for (int row = half; row < QUARTER; row += 2) {
-    const int pair = warp * QUARTER + row;
-    const bool there = pair < count;
-    if (pair == newest) {
-      copy_newest(quarter + key_place(row, piece),
-                  lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE,
-                  plan.call_aligned);
-      copy_newest(quarter + value_place(row, piece),
-                  lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE,
-                  plan.call_aligned);
-      continue;
-    }
-    bool from_ring = !sparse;
-    int64_t slot = first + (there ? slot_in(g, facts, u, pair) : 0);
-    if (gathers && sparse && there) {
-      const int entered = entered_from(g, facts, slot);
-      from_ring = entered >= 0;
-      if (from_ring) slot = ring + entered;
-    }
-    const int64_t at = slot * ROW_BYTES + piece * PIECE;
-    const void *const keys = from_ring ? g.window_keys : g.sparse_keys;
-    const void *const values = from_ring ? g.window_values : g.sparse_values;
-    copy_or_zero(quarter + key_place(row, piece), static_cast<const char *>(keys) + at, there);
-    copy_or_zero(quarter + value_place(row, piece), static_cast<const char *>(values) + at, there);
-  }
-}
-
-/* The same for any quarter; most are runs of memory. */
+/* Asks for this warp's quarter of a unit. ENTERED: pairs that enter the sparse cache come from the window ring. */
+template <bool ENTERED>
 __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const decode_plan &plan,
-                                          const group_facts &facts, const work_unit &u, bool gathers, char *quarter) {
-  const int first_pair = threadIdx.x / 32 * QUARTER, lane = threadIdx.x % 32, half = lane / 16, piece = lane % 16;
-  const int left = pairs_of(facts, u) - first_pair, newest = newest_of(facts, u) - first_pair;
-  if (left <= 0) return;
-  const bool sparse = u.kind == SPARSE_UNIT;
-  const int slot = slot_in(g, facts, u, first_pair), slots = sparse ? g.L : static_cast<int>(g.R);
-  if (left < QUARTER || slot + QUARTER > slots || (newest >= 0 && newest < QUARTER) || (gathers && sparse)) {
-    ask_scattered(g, plan, facts, u, gathers, quarter);
+                                          const group_facts &facts, const work_unit &u, char *quarter) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16;
+  const int count = pairs_of(facts, u), newest = newest_of(facts, u);
+  if (warp * QUARTER >= count) return;
+  const int64_t first = first_slot(g, plan, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
+  const char *const keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
+  const char *const values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
+  const int half = lane / 16;
+  const int64_t first_at = first * ROW_BYTES + piece * PIECE, ring_at = ring * ROW_BYTES + piece * PIECE;
+  const int slot = slot_in(g, facts, u, warp * QUARTER), slots = u.kind == SPARSE_UNIT ? g.L : static_cast<int>(g.R);
+  const int newest_row = newest - warp * QUARTER;
+  if (!ENTERED && count >= (warp + 1) * QUARTER && slot + QUARTER <= slots &&
+      (newest_row < 0 || newest_row >= QUARTER)) {
+    /* The quarter is one run of memory, as most are. */
+    const int64_t at = first_at + static_cast<int64_t>(slot + half) * ROW_BYTES;
+    const char *const key = keys + at, *const value = values + at;
+#pragma unroll
+    for (int i = 0; i < QUARTER / 2; i++) {
+      copy_async<16>(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES);
+      copy_async<16>(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES);
+    }
     return;
   }
-  const int64_t at = (first_slot(g, plan, facts, u) + slot + half) * ROW_BYTES + piece * PIECE;
-  const char *const key = static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at;
-  const char *const value = static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at;
+  int entered[QUARTER / 2];
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
-    copy_async<16>(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES);
-    copy_async<16>(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES);
+    const int pair = warp * QUARTER + 2 * i + lane / 16;
+    entered[i] = ENTERED && pair < count ? entered_from(g, facts, first + slot_in(g, facts, u, pair)) : -1;
   }
+#pragma unroll
+  for (int i = 0; i < QUARTER / 2; i++) {
+    const int row = 2 * i + half, pair = warp * QUARTER + row;
+    const bool there = pair < count;
+    const char *key = keys, *value = values;
+    int64_t at = first_at + static_cast<int64_t>(there ? slot_in(g, facts, u, pair) : 0) * ROW_BYTES;
+    if (ENTERED && entered[i] >= 0) {
+      key = static_cast<const char *>(g.window_keys);
+      value = static_cast<const char *>(g.window_values);
+      at = ring_at + static_cast<int64_t>(entered[i]) * ROW_BYTES;
+    }
+    if (pair == newest) continue;
+    copy_or_zero(quarter + key_place(row, piece), key + at, there);
+    copy_or_zero(quarter + value_place(row, piece), value + at, there);
+  }
+  if (ENTERED || newest_row < 0 || newest_row >= QUARTER || newest_row % 2 != half) return;
+  copy_newest(quarter + key_place(newest_row, piece),
+              lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
+  copy_newest(quarter + value_place(newest_row, piece),
+              lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head) + piece * PIECE, plan.call_aligned);
 }
 
 /* Where piece `piece` of a head's q lies in shared memory. */
 __device__ __forceinline__ int query_place(int head, int piece) {
   return head * ROW_BYTES + (piece ^ (head & 1) * 4) * PIECE;
-}
-
-/* A piece of a q of another type, or of rows that do not begin at 16 bytes. */
-template <typename T>
-__device__ __noinline__ void split_query(const lola_device_segment &g, const decode_plan &plan,
-                                         const group_facts &facts, int head, int piece, char *hi, char *lo) {
-  lola_device_span span;
-  span.batch = facts.of.batch;
-  span.first = facts.of.first;
-  const query_chunk c = load_query<T>(g, plan, span, head, piece);
-  *reinterpret_cast<uint4 *>(hi) = c.hi;
-  *reinterpret_cast<uint4 *>(lo) = c.lo;
 }
 
 /* Asks for q of the heads that a unit of pairs serves. */
@@ -267,8 +249,12 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
                    lola_device_at(g.q, facts.of.batch, facts.of.first, own) + piece * PIECE);
     return;
   }
-  split_query<T>(g, plan, facts, own, piece, stage + QUERIES_AT + query_place(head, piece),
-                 stage + REST_AT + query_place(head, piece));
+  lola_device_span span;
+  span.batch = facts.of.batch;
+  span.first = facts.of.first;
+  const query_chunk c = load_query<T>(g, plan, span, own, piece);
+  *reinterpret_cast<uint4 *>(stage + QUERIES_AT + query_place(head, piece)) = c.hi;
+  *reinterpret_cast<uint4 *>(stage + REST_AT + query_place(head, piece)) = c.lo;
 }
 
 /* Asks for a unit and what its products have on the left, without `query_phi` all but the features; a warp for its
@@ -282,7 +268,10 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
   char *const quarter = stage + warp * QUARTER_BYTES;
   if (u.kind != STATE_UNIT) {
     ask_queries<T>(g, plan, facts, u, stage);
-    ask_pairs(g, plan, facts, u, gathers, quarter);
+    if (gathers && u.kind == SPARSE_UNIT)
+      ask_pairs<true>(g, plan, facts, u, quarter);
+    else
+      ask_pairs<false>(g, plan, facts, u, quarter);
     return;
   }
   if (!(facts.folded >> u.which & 1)) return;
@@ -297,11 +286,11 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
 }
 
 /* Pairs that entered the sparse cache, from where their lanes copied them, into their slots. */
-__device__ __noinline__ void keep_entered(const lola_device_segment &g, const decode_plan &plan,
-                                          const group_facts &facts, const work_unit u, const char *quarter) {
+__device__ __forceinline__ void keep_entered(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, const work_unit &u, const char *quarter) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16, count = pairs_of(facts, u);
   const int64_t first = first_slot(g, plan, facts, u);
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
     const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
     if (pair >= count) break;
@@ -327,7 +316,7 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   /* Words 0 and 2 of a piece of q stand in the upper half of the left-hand matrix, 1 and 3 in the lower: of either
    * product the other half is of no use. */
   float s[2][2][4] = {};
-#pragma unroll 2
+#pragma unroll
   for (int j = 0; j < 4; j++) {
     const char *const query = queries + query_place(head, 4 * j + quad);
     const uint4 q = *reinterpret_cast<const uint4 *>(query);
@@ -375,29 +364,33 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   if (quad == 0 && row < heads)
     *reinterpret_cast<float2 *>(sums + (warp * MATRIX_HEADS + row) * 2) = make_float2(high, sum);
 
-  __syncwarp(); /* the sums take the keys' place */
-#pragma unroll 1
-  for (int j = 0; j < 2; j++) {
-    unsigned v[4][4]; /* pieces row and row + 8 of values 2quad, 2quad + 1, 2quad + 8, 2quad + 9 */
+  unsigned v[2][4][4]; /* pieces row and row + 8 of values 2quad, 2quad + 1, 2quad + 8, 2quad + 9 */
+#pragma unroll
+  for (int j = 0; j < 2; j++)
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       const uint4 x =
-          *reinterpret_cast<const uint4 *>(quarter + value_place(2 * quad + n % 2 + n / 2 * 8, row) + j * 8 * PIECE);
-      v[n][0] = x.x;
-      v[n][1] = x.y;
-      v[n][2] = x.z;
-      v[n][3] = x.w;
+          *reinterpret_cast<const uint4 *>(quarter + value_place(2 * quad + n % 2 + n / 2 * 8, 8 * j + row));
+      v[j][n][0] = x.x;
+      v[j][n][1] = x.y;
+      v[j][n][2] = x.z;
+      v[j][n][3] = x.w;
     }
+  __syncwarp(); /* the sums take the pairs' place */
+  float *merge = reinterpret_cast<float *>(quarter);
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
     float o[16]; /* columns 64 j + 16 quad on, of head `row` */
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const unsigned halves = i % 2 ? 0x7632 : 0x5410;
       float c[4] = {0, 0, 0, 0};
-      mma<T>(c, p, __byte_perm(v[0][i / 2], v[1][i / 2], halves), __byte_perm(v[2][i / 2], v[3][i / 2], halves));
+      mma<T>(c, p, __byte_perm(v[j][0][i / 2], v[j][1][i / 2], halves),
+             __byte_perm(v[j][2][i / 2], v[j][3][i / 2], halves));
       o[i] = c[0] + c[2];
       o[8 + i] = c[1] + c[3];
     }
-    if (row < heads) store_floats<16>(reinterpret_cast<float *>(quarter) + row * SUM_PITCH + 64 * j + 16 * quad, o);
+    if (row < heads) store_floats<16>(merge + row * SUM_PITCH + 64 * j + 16 * quad, o);
   }
 }
 
@@ -409,7 +402,7 @@ __device__ __forceinline__ void recall_quarter(char *stage, const float *phi, fl
   phi += warp * QUARTER;
   const float *const s = reinterpret_cast<const float *>(stage + REST_AT) + warp * QUARTER;
   float n[4] = {0, 0, 0, 0};
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < QUARTER; i += 4) {
     float f[4];
     load_floats<4>(phi + i, f);

@@ -140,8 +140,8 @@ __device__ __forceinline__ void recall_walk(state_walk walk, const decode_plan &
 }
 
 /* The call's own features of the token into the ring. */
-__device__ __noinline__ void keep_features(const lola_device_segment &g, int64_t batch, int64_t offset,
-                                           int64_t ring_slot, int64_t state, int head) {
+__device__ __forceinline__ void keep_features(const lola_device_segment &g, int64_t batch, int64_t offset,
+                                              int64_t ring_slot, int64_t state, int head) {
   const lola_dtype type = g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
   const char *from = lola_device_at(g.k_features, batch, offset, head);
   char *to = static_cast<char *>(g.window_features) + (state * g.R + ring_slot) * g.F * lola_device_item(type);
