@@ -225,6 +225,93 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
   }
 }
 
+/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one head
+ * needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the other. */
+template <class Count>
+__device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
+                                           int64_t first, int kv_head, int window_pairs, Count count_of,
+                                           const float *partials) {
+  constexpr int MERGE = 12, PARTS = 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = plan.columns + 4;
+  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
+  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
+#pragma unroll 1
+  for (int j = warp; j < g.r; j += WARPS) {
+    const int tiles = window_tiles + tiles_of(plan, count_of(j)), head = kv_head * g.r + j;
+    const float *const own = partials + static_cast<int64_t>(j) * slots * stride;
+    const float *const state = own + (slots - plan.state_parts) * stride;
+    float high = -INFINITY, sum = 0, z = 0, o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
+    float gate = 0;
+    if (g.gate) gate = g.gate[head];
+    int done = 0;
+    do {
+      const int left = min(tiles - done, MERGE);
+      float4 x[MERGE], y[PARTS];
+      float part_z[PARTS];
+      float2 pair = make_float2(-INFINITY, 0);
+      if (lane < left)
+        pair = __ldcg(reinterpret_cast<const float2 *>(
+            own + (done + lane) * stride + (done + lane < window_tiles ? 0 : gap) + plan.columns));
+#pragma unroll
+      for (int t = 0; t < MERGE; t++) {
+        const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + lane * 4;
+        x[t] = make_float4(0, 0, 0, 0);
+        if (t < left) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const bool there = done == 0 && part < plan.state_parts;
+        y[part] = make_float4(0, 0, 0, 0);
+        part_z[part] = 0;
+        if (!there) continue;
+        y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
+        part_z[part] = __ldcg(state + part * stride + plan.columns);
+      }
+      const float higher = fmaxf(high, warp_max(pair.x));
+      const float before = weight_below(high, higher), share = weight_below(pair.x, higher);
+      high = higher;
+      sum = fmaf(before, sum, warp_sum(share * pair.y));
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[e] *= before;
+#pragma unroll
+      for (int t = 0; t < MERGE; t++) {
+        const float w = __shfl_sync(ALL, share, t);
+        o[0] = fmaf(w, x[t].x, o[0]);
+        o[1] = fmaf(w, x[t].y, o[1]);
+        o[2] = fmaf(w, x[t].z, o[2]);
+        o[3] = fmaf(w, x[t].w, o[3]);
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        z += part_z[part];
+        n[0] += y[part].x;
+        n[1] += y[part].y;
+        n[2] += y[part].z;
+        n[3] += y[part].w;
+      }
+      done += MERGE;
+    } while (done < tiles);
+#pragma unroll 1
+    for (int part = PARTS; part < plan.state_parts; part++) {
+      const float4 y = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
+      z += __ldcg(state + part * stride + plan.columns);
+      n[0] += y.x;
+      n[1] += y.y;
+      n[2] += y.z;
+      n[3] += y.w;
+    }
+    const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
+    char *const out = lola_device_at(g.out, batch, first, head);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
+      lola_device_store(out, lane * 4 + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
+    }
+    if (lane == 0 && g.share.data)
+      *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
+  }
+}
+
 /* --- an item a block ------------------------------------------------------------------------------- */
 
 /* What a block works on. */
@@ -471,7 +558,7 @@ __device__ __forceinline__ void finish_group(const lola_device_segment &g, const
                                           const group_facts &facts, bool awaits, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
-  merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
+  merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
   if (awaits) lola_device_await_previous();
   keep_newest(g, facts, newest);
 }
@@ -518,22 +605,33 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
               heads, to);
 }
 
+/* What a block knows of its run of a share. */
+__device__ __forceinline__ void look_up_run(const lola_device_segment &g, const decode_plan &plan,
+                                            const unit_share &share, const decode_rows &ordered, group_facts *known) {
+  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+  if (begin == end) return;
+  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
+  if (threadIdx.x > last_group - first_group) return;
+  known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
+  const group_facts &f = known[threadIdx.x];
+  if (f.of.row < 0) return;
+  /* What its merge reads once more, while there is time. */
+  touch(lola_device_at(g.k, f.of.batch, f.of.first, f.kv_head));
+  touch(lola_device_at(g.v, f.of.batch, f.of.first, f.kv_head));
+  if (g.gate) touch(g.gate + f.kv_head * g.r);
+}
+
 /* A block's run of a share. `updated`: the share's rows are. */
 template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
-                                        bool updated, const decode_rows &ordered, unsigned *counters,
+                                        bool updated, const group_facts *known, unsigned *counters,
                                         const float *query_phi, float *scratch, char *shared) {
-  __shared__ group_facts known[MOST_GROUPS];
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
   __shared__ int last;
   const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
   if (begin == end) return;
-  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
+  const unsigned first_group = divided(begin, plan.by_items);
   const bool gathers = updated && plan.gathers;
-  if (threadIdx.x <= last_group - first_group)
-    known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
-  __syncthreads();
-
   work_unit next = unit_at(plan, begin, first_group);
   ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
   copies_end_group();
@@ -584,15 +682,17 @@ __global__ void __launch_bounds__(THREADS, 3)
   lola_device_start_next();
   /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
   if (plan.awaits) lola_device_await_previous();
-  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain));
+  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain)), B = static_cast<unsigned>(g.B);
+  __shared__ group_facts known[MOST_GROUPS];
+  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), ordered, known); /* mostly no row is updated */
 #pragma unroll 1
   for (int updated = 0; updated < 2; updated++) {
-    if (updated) {
-      lola_device_await_previous();
-      __syncthreads(); /* what is known of the rows before was read */
-    }
-    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? g.B - plain : plain);
-    work_on<T>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
+    if (updated) lola_device_await_previous();
+    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? B - plain : plain);
+    __syncthreads(); /* what is known of the rows before was read */
+    if (updated || plain != B) look_up_run(g, plan, share, ordered, known);
+    __syncthreads();
+    work_on<T>(g, plan, share, updated, known, counters, query_phi, scratch, shared);
   }
 }
 
@@ -649,6 +749,11 @@ __global__ void __launch_bounds__(THREADS, 3)
   float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
                *const kept = parts + queries.phi_at, *const phi = kept + g.F;
   if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
+  if (threadIdx.x == 0) {
+    if (g.gate) touch(g.gate + (static_cast<int>(group) - row * g.Hkv) * g.r);
+    touch(scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4));
+    touch(counters + group);
+  }
   const auto look_up = [&] {
     /* With an update's kernels between, this one has not begun before all that came before them has ended. */
     if (plan.awaits) lola_device_await_previous();

@@ -94,6 +94,27 @@ __device__ __forceinline__ void copy_or_zero(void *to, const void *from, bool th
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
+/* What a step reads once gives way in L2 first: instructions, parameters and partials stay. */
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/* copy_async and copy_or_zero of 16 bytes that are read once. */
+__device__ __forceinline__ void stream_async(void *to, const void *from, uint64_t policy) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "l"(policy)
+               : "memory");
+}
+
+__device__ __forceinline__ void stream_or_zero(void *to, const void *from, bool there, uint64_t policy) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(at), "l"(from),
+               "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /* Waits until at most PENDING of this thread's groups are under way. */
@@ -109,6 +130,21 @@ __device__ __forceinline__ void prefetch(const void *from, int64_t bytes) {
                  "r"(static_cast<unsigned>(bytes))
                  : "memory");
 #endif
+}
+
+/* The same of memory that is read once. */
+__device__ __forceinline__ void prefetch_once(const void *from, int64_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(static_cast<unsigned>(bytes)), "l"(read_once())
+                 : "memory");
+#endif
+}
+
+/* Asks for a line that is needed soon, wherever it lies; its page too. */
+__device__ __forceinline__ void touch(const void *at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
 }
 
 /* Adds one to a counter, ordered after all that the block wrote before its last barrier and before all that it reads

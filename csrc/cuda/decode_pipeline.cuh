@@ -99,15 +99,15 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   const int64_t group = u.group;
   if (u.kind == STATE_UNIT) {
     if (g.mixing != LOLA_MIXING_CACHE_ONLY)
-      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
+      prefetch_once(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
     return;
   }
   const bool sparse = u.kind == SPARSE_UNIT;
   const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
   const int64_t at = ((sparse ? group * plan.sets + u.which : group) * slots + before) * ROW_BYTES;
   const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
-  prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
-  prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+  prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+  prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
 /* The first two units of every block's run if no row is updated, by all blocks of a kernel that has time for it. */
@@ -190,6 +190,7 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
   const int64_t first_at = first * ROW_BYTES + piece * PIECE, ring_at = ring * ROW_BYTES + piece * PIECE;
   const int slot = slot_in(g, facts, u, warp * QUARTER), slots = u.kind == SPARSE_UNIT ? g.L : static_cast<int>(g.R);
   const int newest_row = newest - warp * QUARTER;
+  const uint64_t once = read_once();
   if (!ENTERED && count >= (warp + 1) * QUARTER && slot + QUARTER <= slots &&
       (newest_row < 0 || newest_row >= QUARTER)) {
     /* The quarter is one run of memory, as most are. */
@@ -197,8 +198,8 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
     const char *const key = keys + at, *const value = values + at;
 #pragma unroll
     for (int i = 0; i < QUARTER / 2; i++) {
-      copy_async<16>(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES);
-      copy_async<16>(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES);
+      stream_async(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES, once);
+      stream_async(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES, once);
     }
     return;
   }
@@ -220,8 +221,8 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
       at = ring_at + static_cast<int64_t>(entered[i]) * ROW_BYTES;
     }
     if (pair == newest) continue;
-    copy_or_zero(quarter + key_place(row, piece), key + at, there);
-    copy_or_zero(quarter + value_place(row, piece), value + at, there);
+    stream_or_zero(quarter + key_place(row, piece), key + at, there, once);
+    stream_or_zero(quarter + value_place(row, piece), value + at, there, once);
   }
   if (ENTERED || newest_row < 0 || newest_row >= QUARTER || newest_row % 2 != half) return;
   copy_newest(quarter + key_place(newest_row, piece),
@@ -281,8 +282,9 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
     const float *const left = (lane < 16 ? query_phi : g.normalizer) + first + lane % 16 * 4;
     copy_async<16>(stage + (lane < 16 ? QUERIES_AT : REST_AT) + lane % 16 * PIECE, left);
   }
+  const uint64_t once = read_once();
 #pragma unroll
-  for (int i = 0; i < QUARTER; i++) copy_async<16>(quarter + (i * 32 + lane) * PIECE, from + i * WIDE);
+  for (int i = 0; i < QUARTER; i++) stream_async(quarter + (i * 32 + lane) * PIECE, from + i * WIDE, once);
 }
 
 /* Pairs that entered the sparse cache, from where their lanes copied them, into their slots. */
