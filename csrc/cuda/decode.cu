@@ -21,6 +21,8 @@ namespace {
 /* Blocks per multiprocessor up to which a grid is small: it does not fill memory's queues for long, so each block asks
  * for its part before it knows its row. */
 constexpr int SMALL_GRID = 3;
+/* Units from which a block's run is long. */
+constexpr int LONG_RUN = 12;
 
 /* --- the plan -------------------------------------------------------------------------------------- */
 
@@ -607,8 +609,9 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
 
 /* What a block knows of its run of a share. */
 __device__ __forceinline__ void look_up_run(const lola_device_segment &g, const decode_plan &plan,
-                                            const unit_share &share, const decode_rows &ordered, group_facts *known) {
-  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+                                            const unit_share &share, unsigned block, const decode_rows &ordered,
+                                            group_facts *known) {
+  const unsigned begin = share.begin(block), end = share.begin(block + 1);
   if (begin == end) return;
   const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
   if (threadIdx.x > last_group - first_group) return;
@@ -624,11 +627,11 @@ __device__ __forceinline__ void look_up_run(const lola_device_segment &g, const 
 /* A block's run of a share. `updated`: the share's rows are. */
 template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
-                                        bool updated, const group_facts *known, unsigned *counters,
+                                        unsigned block, bool updated, const group_facts *known, unsigned *counters,
                                         const float *query_phi, float *scratch, char *shared) {
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
   __shared__ int last;
-  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+  const unsigned begin = share.begin(block), end = share.begin(block + 1);
   if (begin == end) return;
   const unsigned first_group = divided(begin, plan.by_items);
   const bool gathers = updated && plan.gathers;
@@ -684,15 +687,18 @@ __global__ void __launch_bounds__(THREADS, 3)
   if (plan.awaits) lola_device_await_previous();
   const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain)), B = static_cast<unsigned>(g.B);
   __shared__ group_facts known[MOST_GROUPS];
-  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), ordered, known); /* mostly no row is updated */
+  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), blockIdx.x, ordered, known); /* as if no row was updated */
 #pragma unroll 1
   for (int updated = 0; updated < 2; updated++) {
     if (updated) lola_device_await_previous();
-    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? B - plain : plain);
+    /* Updated rows are for the blocks that come last. */
+    const unsigned blocks = updated ? static_cast<unsigned>(plan.resident) : gridDim.x, before = gridDim.x - blocks;
+    if (blockIdx.x < before) break;
+    const unit_share share(g, plan, blocks, updated ? plain : 0, updated ? B - plain : plain);
     __syncthreads(); /* what is known of the rows before was read */
-    if (updated || plain != B) look_up_run(g, plan, share, ordered, known);
+    if (updated || plain != B) look_up_run(g, plan, share, blockIdx.x - before, ordered, known);
     __syncthreads();
-    work_on<T>(g, plan, share, updated, known, counters, query_phi, scratch, shared);
+    work_on<T>(g, plan, share, blockIdx.x - before, updated, known, counters, query_phi, scratch, shared);
   }
 }
 
@@ -948,7 +954,7 @@ bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uin
 
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
  * groups. */
-int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
+int64_t resident_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
   constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 320;
   const int fit = limits.processor_bytes / (PIPELINE_BYTES + OTHER_BYTES);
   int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
@@ -970,7 +976,9 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   if (p.items > INT64_C(0x7fffffff) / groups || scratch_floats(p, 1) > INT64_C(0x7fffffff)) return too_many(g, message);
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
-    p.blocks = pipeline_blocks(groups, *limits, p);
+    p.resident = resident_blocks(groups, *limits, p);
+    /* Long runs in two, so that multiprocessors which an update keeps busy for a while take fewer of them. */
+    p.blocks = groups * p.items < LONG_RUN * p.resident ? p.resident : 2 * p.resident;
     p.small = is_hedgehog(g.map) && !g.stores_features && g.F % 8 == 0 && aligned_weights(g) &&
               groups * p.items <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   } else {
@@ -1096,7 +1104,9 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
     if (!status) status = lola_cuda_segment_features(segment, 0, plan.small ? &rows : nullptr, stream, message);
-    if (!status) status = lola_cuda_scan(segment, 0, stream, message);
+    lola_device_segment scanned = g;
+    scanned.spans_are_old = !plan.small;
+    if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);
     if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
   }
   if (status) return status;

@@ -47,7 +47,8 @@ struct decode_plan {
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
   int64_t items;  /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
   int64_t slots;  /* partials per query head */
-  int64_t blocks; /* of the main kernel */
+  int64_t blocks;    /* of the main kernel */
+  int64_t resident;  /* of the pipeline's, those that run at once */
   divisor by_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
   int small_sizes;                 /* C, R and W fit 31 bits */
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */

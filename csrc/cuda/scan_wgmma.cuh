@@ -1148,6 +1148,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   cluster_shared &shared = shared_of(plan);
   const tables t = tables_of(plan);
   const int group = blockIdx.x / plan.blocks;
+  if (g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for who comes next */
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
   block.head = block.rank / plan.column_blocks;

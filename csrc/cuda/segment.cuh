@@ -60,6 +60,7 @@ typedef struct lola_device_segment {
   int tokens;      /* rows of the per-token arrays */
   int chunk_records; /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
+  int spans_are_old;       /* they were written two kernels before scan, or earlier */
   void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
   void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R */
   void *token_phi;         /* (tokens, Hq, F): phi(k) */
