@@ -21,8 +21,6 @@ namespace {
 /* Blocks per multiprocessor up to which a grid is small: it does not fill memory's queues for long, so each block asks
  * for its part before it knows its row. */
 constexpr int SMALL_GRID = 3;
-/* Units from which a block's run is long. */
-constexpr int LONG_RUN = 12;
 
 /* --- the plan -------------------------------------------------------------------------------------- */
 
@@ -609,9 +607,8 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
 
 /* What a block knows of its run of a share. */
 __device__ __forceinline__ void look_up_run(const lola_device_segment &g, const decode_plan &plan,
-                                            const unit_share &share, unsigned block, const decode_rows &ordered,
-                                            group_facts *known) {
-  const unsigned begin = share.begin(block), end = share.begin(block + 1);
+                                            const unit_share &share, const decode_rows &ordered, group_facts *known) {
+  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
   if (begin == end) return;
   const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
   if (threadIdx.x > last_group - first_group) return;
@@ -627,11 +624,11 @@ __device__ __forceinline__ void look_up_run(const lola_device_segment &g, const 
 /* A block's run of a share. `updated`: the share's rows are. */
 template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
-                                        unsigned block, bool updated, const group_facts *known, unsigned *counters,
+                                        bool updated, const group_facts *known, unsigned *counters,
                                         const float *query_phi, float *scratch, char *shared) {
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
   __shared__ int last;
-  const unsigned begin = share.begin(block), end = share.begin(block + 1);
+  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
   if (begin == end) return;
   const unsigned first_group = divided(begin, plan.by_items);
   const bool gathers = updated && plan.gathers;
@@ -687,51 +684,55 @@ __global__ void __launch_bounds__(THREADS, 3)
   if (plan.awaits) lola_device_await_previous();
   const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain)), B = static_cast<unsigned>(g.B);
   __shared__ group_facts known[MOST_GROUPS];
-  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), blockIdx.x, ordered, known); /* as if no row was updated */
+  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), ordered, known); /* as if no row was updated */
 #pragma unroll 1
   for (int updated = 0; updated < 2; updated++) {
     if (updated) lola_device_await_previous();
-    /* Updated rows are for the blocks that come last. */
-    const unsigned blocks = updated ? static_cast<unsigned>(plan.resident) : gridDim.x, before = gridDim.x - blocks;
-    if (blockIdx.x < before) break;
-    const unit_share share(g, plan, blocks, updated ? plain : 0, updated ? B - plain : plain);
+    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? B - plain : plain);
     __syncthreads(); /* what is known of the rows before was read */
-    if (updated || plain != B) look_up_run(g, plan, share, blockIdx.x - before, ordered, known);
+    if (updated || plain != B) look_up_run(g, plan, share, ordered, known);
     __syncthreads();
-    work_on<T>(g, plan, share, blockIdx.x - before, updated, known, counters, query_phi, scratch, shared);
+    work_on<T>(g, plan, share, updated, known, counters, query_phi, scratch, shared);
   }
 }
 
 /* --- a unit a block, and no kernel before it -------------------------------------------------------- */
 
-/* As facts_of, from the cache and the call themselves. */
-__device__ __forceinline__ group_facts own_facts(const lola_device_segment &g, const call_rows &rows,
-                                                 const decode_plan &plan, unsigned group, bool *updated) {
-  group_facts f = {};
-  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = plan.sets;
-  f.kv_head = static_cast<int>(group) - row * g.Hkv;
-  f.group = group;
+/* row_range, where the call has index arrays. */
+__device__ __noinline__ void listed_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
+  row_range(rows, row, start, stop);
+}
+
+__device__ __forceinline__ bool has_lists(const call_rows &rows) {
+  return rows.starts.data || rows.stops.data || rows.cu_seqlens.data;
+}
+
+/* As facts_of, by a warp from the cache and the call themselves; whether the step updates the row. */
+__device__ __forceinline__ bool own_facts(const lola_device_segment &g, const call_rows &rows, const decode_plan &plan,
+                                          unsigned group, group_facts *facts) {
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), lane = threadIdx.x % 32;
   const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
-#pragma unroll
-  for (int i = 0; i < MATRIX_HEADS; i++) {
-    if (i < sets && g.L) f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(group) * sets + i));
-    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(group) * g.r + i))
-      f.folded |= 1u << i;
-  }
-  int64_t start, stop;
-  row_range(rows, row, &start, &stop);
+  int64_t count = 0, folded = 0, start = 0, stop = rows.tokens;
+  if (lane < plan.sets && g.L) count = __ldcg(g.sparse_count + static_cast<int64_t>(group) * plan.sets + lane);
+  if (lane < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY) folded = __ldcg(g.folded + static_cast<int64_t>(group) * g.r + lane);
+  if (has_lists(rows)) listed_range(rows, row, &start, &stop);
   const row_window window = window_of(g, plan, position);
-  f.of.batch = rows.cu_seqlens.data ? 0 : row;
-  f.of.first = start;
-  f.of.position = position;
-  f.of.chunk = window.chunk;
-  f.of.row = stop > start ? row : -1;
-  f.of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
-  f.of.window_pairs = static_cast<int>(window.pairs);
-  f.of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
-  const int64_t leaves = lola_device_leaving_first(g, last_update + 1);
-  *updated = stop > start && window.first > max(leaves, INT64_C(0));
-  return f;
+  const unsigned heads = __ballot_sync(ALL, folded != 0);
+  if (lane < MATRIX_HEADS) facts->counts[lane] = static_cast<int>(count);
+  if (lane == 0) {
+    facts->kv_head = static_cast<int>(group) - row * g.Hkv;
+    facts->group = group;
+    facts->folded = heads;
+    facts->of.batch = rows.cu_seqlens.data ? 0 : row;
+    facts->of.first = start;
+    facts->of.position = position;
+    facts->of.chunk = window.chunk;
+    facts->of.row = stop > start ? row : -1;
+    facts->of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
+    facts->of.window_pairs = static_cast<int>(window.pairs);
+    facts->of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+  }
+  return stop > start && window.first > max(lola_device_leaving_first(g, last_update + 1), INT64_C(0));
 }
 
 /* For batches so small that every unit has a block which runs at once: then a step takes as long as what waits for one
@@ -754,45 +755,41 @@ __global__ void __launch_bounds__(THREADS, 3)
   const bool is_state = u.kind == STATE_UNIT;
   float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
                *const kept = parts + queries.phi_at, *const phi = kept + g.F;
-  if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
+  const float *const weights = g.map.w_q + static_cast<int64_t>(head) * WIDE * M;
+  const bool projects = is_state && g.mixing != LOLA_MIXING_CACHE_ONLY;
   if (threadIdx.x == 0) {
+    if (projects) prefetch(weights, WIDE * M * INT64_C(4));
+    prefetch_unit(g, plan, blockIdx.x);
     if (g.gate) touch(g.gate + (static_cast<int>(group) - row * g.Hkv) * g.r);
     touch(scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4));
     touch(counters + group);
   }
-  const auto look_up = [&] {
-    /* With an update's kernels between, this one has not begun before all that came before them has ended. */
-    if (plan.awaits) lola_device_await_previous();
-    if (threadIdx.x == THREADS - 1) {
-      bool updated;
-      facts = own_facts(g, rows, plan, group, &updated);
-      if (updated) {
-        lola_device_await_previous();
-        facts = own_facts(g, rows, plan, group, &updated);
-      }
-      is_updated = updated;
+  /* With an update's kernels between, this one has not begun before all that came before them has ended. */
+  if (plan.awaits) lola_device_await_previous();
+  if (threadIdx.x / 32 == WARPS - 1) {
+    bool updated = false;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) { /* what an update changes is looked up again behind it */
+      if (turn) lola_device_await_previous();
+      updated = own_facts(g, rows, plan, group, &facts);
+      if (!updated) break;
     }
-  };
+    if (threadIdx.x == THREADS - 1) is_updated = updated;
+  }
   const auto stage_query = [&] {
-    look_up();
-    int64_t start, stop;
-    row_range(rows, row, &start, &stop);
+    int64_t start = 0, stop = rows.tokens;
+    if (has_lists(rows)) listed_range(rows, row, &start, &stop);
     const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
     if (stop <= start) return;
-    if (queries.query_vector) {
-      float eight[8];
-      if (threadIdx.x < WIDE / 8) {
-        load_eight(q, threadIdx.x, g.q.dtype, eight);
-        store_floats<8>(x + threadIdx.x * 8, eight);
-      }
-    } else {
+    if (!queries.query_vector) {
       x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
+    } else if (threadIdx.x < WIDE / 8) {
+      float eight[8];
+      load_eight(q, threadIdx.x, g.q.dtype, eight);
+      store_floats<8>(x + threadIdx.x * 8, eight);
     }
   };
-  if (is_state && g.mixing != LOLA_MIXING_CACHE_ONLY)
-    project<4, 1>(g.map.w_q + static_cast<int64_t>(head) * WIDE * M, WIDE, M, queries, x, parts, stage_query);
-  else
-    look_up();
+  if (projects) project<4, 1>(weights, WIDE, M, queries, x, parts, stage_query);
   __syncthreads();
   if (is_updated) lola_device_await_previous(); /* every thread that reads what the update wrote */
   work_unit own = u;
@@ -954,7 +951,7 @@ bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uin
 
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
  * groups. */
-int64_t resident_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
+int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
   constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 320;
   const int fit = limits.processor_bytes / (PIPELINE_BYTES + OTHER_BYTES);
   int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
@@ -976,9 +973,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   if (p.items > INT64_C(0x7fffffff) / groups || scratch_floats(p, 1) > INT64_C(0x7fffffff)) return too_many(g, message);
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
-    p.resident = resident_blocks(groups, *limits, p);
-    /* Long runs in two, so that multiprocessors which an update keeps busy for a while take fewer of them. */
-    p.blocks = groups * p.items < LONG_RUN * p.resident ? p.resident : 2 * p.resident;
+    p.blocks = pipeline_blocks(groups, *limits, p);
     p.small = is_hedgehog(g.map) && !g.stores_features && g.F % 8 == 0 && aligned_weights(g) &&
               groups * p.items <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   } else {

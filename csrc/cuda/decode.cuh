@@ -23,10 +23,13 @@ __device__ __forceinline__ unsigned divided(unsigned x, const divisor &by) {
   return by.inverse ? static_cast<unsigned>(__umul64hi(by.inverse, x)) : x;
 }
 
+/* A call, so that the instructions of what hardly ever happens lie apart: those of a step are fetched anew every time. */
+__device__ __noinline__ int64_t divided_far(int64_t x, int64_t d) { return x / d; }
+
 /* The same for a position, however far; `small` when everything fits 31 bits. */
 __device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool small) {
   if (small) return divided(static_cast<unsigned>(x), by);
-  return x / by.d;
+  return divided_far(x, by.d);
 }
 
 /* --- the plan --------------------------------------------------------------------------------------- */
@@ -47,8 +50,7 @@ struct decode_plan {
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
   int64_t items;  /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
   int64_t slots;  /* partials per query head */
-  int64_t blocks;    /* of the main kernel */
-  int64_t resident;  /* of the pipeline's, those that run at once */
+  int64_t blocks; /* of the main kernel */
   divisor by_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
   int small_sizes;                 /* C, R and W fit 31 bits */
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */

@@ -110,14 +110,12 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
-/* The first two units of the run of every block that runs at once, if no row is updated; by all blocks of a kernel that
- * has time for it. */
+/* The first two units of every block's run if no row is updated, by all blocks of a kernel that has time for it. */
 __device__ __forceinline__ void prefetch_first_units(const lola_device_segment &g, const decode_plan &plan) {
   const unsigned blocks = static_cast<unsigned>(plan.blocks);
   const unit_share share(g, plan, blocks, 0, g.B);
 #pragma unroll 1
-  for (unsigned i = blockIdx.x + gridDim.x * threadIdx.x; i < 2 * static_cast<unsigned>(plan.resident);
-       i += gridDim.x * THREADS) {
+  for (unsigned i = blockIdx.x + gridDim.x * threadIdx.x; i < 2 * blocks; i += gridDim.x * THREADS) {
     const unsigned unit = share.begin(i / 2) + i % 2;
     if (unit < share.begin(i / 2 + 1)) prefetch_unit(g, plan, unit);
   }

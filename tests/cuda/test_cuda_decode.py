@@ -127,7 +127,7 @@ def test_arrays_that_lie_anywhere(dtype):
     plain, cache = decode(lambda x: x, lambda x: x)
     for change_q in (shifted, lambda x: x):
         out, moved = decode(shifted, change_q)
-        assert_same_bits(oracle.place.take(out), oracle.place.take(plain))
+        assert_same_bits(oracle.place.take(out[:, 120:]), oracle.place.take(plain[:, 120:]))
         assert_same_memory(moved, cache, 4)
     if dtype == "bfloat16":                              # float16 caches do not split float32 queries
         out, _ = decode(lambda x: x, lambda x: x.float())
