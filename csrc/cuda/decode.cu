@@ -1,5 +1,5 @@
 /* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
- * spans and phi(q) (decode_queries.cuh), then everything else.
+ * spans and phi(q) (decode_queries.cuh), then everything else. A small batch does without the first (below).
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
@@ -9,7 +9,12 @@
  * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head)
  * that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend
  * on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The
- * block that holds the newest pair writes it into the window ring and advances the counters, which no other reads. */
+ * block that holds the newest pair, or merges, writes that pair into the window ring and advances the counters, which by
+ * then no other reads.
+ *
+ * A step is short and its code long: between two steps of a layer the caches are full of other things, and instructions
+ * that come from L2 or beyond cost more than what they do. Hence code without copies of itself, calls for what is rare,
+ * and bytes of the cache that give way in L2 first. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
 #include "decode_pipeline.cuh"
@@ -225,8 +230,9 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
   }
 }
 
-/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one head
- * needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the other. */
+/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one
+ * head needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the
+ * other. */
 template <class Count>
 __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
                                            int64_t first, int kv_head, int window_pairs, Count count_of,
@@ -250,8 +256,8 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
       float part_z[PARTS];
       float2 pair = make_float2(-INFINITY, 0);
       if (lane < left)
-        pair = __ldcg(reinterpret_cast<const float2 *>(
-            own + (done + lane) * stride + (done + lane < window_tiles ? 0 : gap) + plan.columns));
+        pair = __ldcg(reinterpret_cast<const float2 *>(own + (done + lane) * stride +
+                                                       (done + lane < window_tiles ? 0 : gap) + plan.columns));
 #pragma unroll
       for (int t = 0; t < MERGE; t++) {
         const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + lane * 4;
@@ -307,8 +313,7 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
       const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
       lola_device_store(out, lane * 4 + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
     }
-    if (lane == 0 && g.share.data)
-      *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
+    if (lane == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
   }
 }
 
@@ -555,7 +560,7 @@ __device__ __forceinline__ void advance(const lola_device_segment &g, const deco
 /* A KV head whose units are all done: its outputs, and what the step leaves behind; `awaits`: an update's kernel may
  * still look at a counter of the row's. */
 __device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
-                                          const group_facts &facts, bool awaits, const float *partials) {
+                                             const group_facts &facts, bool awaits, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
   merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
@@ -714,7 +719,8 @@ __device__ __forceinline__ bool own_facts(const lola_device_segment &g, const ca
   const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
   int64_t count = 0, folded = 0, start = 0, stop = rows.tokens;
   if (lane < plan.sets && g.L) count = __ldcg(g.sparse_count + static_cast<int64_t>(group) * plan.sets + lane);
-  if (lane < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY) folded = __ldcg(g.folded + static_cast<int64_t>(group) * g.r + lane);
+  if (lane < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY)
+    folded = __ldcg(g.folded + static_cast<int64_t>(group) * g.r + lane);
   if (has_lists(rows)) listed_range(rows, row, &start, &stop);
   const row_window window = window_of(g, plan, position);
   const unsigned heads = __ballot_sync(ALL, folded != 0);
@@ -1017,8 +1023,8 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(shape.batch, shape.kv_heads) + rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) +
-         groups * floats * 4;
+  return counter_bytes(shape.batch, shape.kv_heads) + rows_bytes(shape.batch) +
+         phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
 }
 
 namespace {
@@ -1079,8 +1085,8 @@ cudaError_t launch_small_kernel(const lola_device_segment &g, const call_rows &r
   const cudaError_t error = allow_shared<KERNEL>(bytes, device);
   if (error != cudaSuccess) return error;
   return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(static_cast<int64_t>(g.B) * g.Hkv * plan.items),
-                                  THREADS, bytes, stream, g, rows, queries, plan, places.counters,
-                                  places.row_counters, places.partials);
+                                  THREADS, bytes, stream, g, rows, queries, plan, places.counters, places.row_counters,
+                                  places.partials);
 }
 
 } // namespace
@@ -1106,10 +1112,11 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   }
   if (status) return status;
   if (plan.small)
-    return launched(g.dtype == LOLA_FLOAT16
-                        ? launch_small_kernel<decode_small_kernel<__half>>(g, rows, plan, places, device, stream)
-                        : launch_small_kernel<decode_small_kernel<__nv_bfloat16>>(g, rows, plan, places, device, stream),
-                    "decode", message);
+    return launched(
+        g.dtype == LOLA_FLOAT16
+            ? launch_small_kernel<decode_small_kernel<__half>>(g, rows, plan, places, device, stream)
+            : launch_small_kernel<decode_small_kernel<__nv_bfloat16>>(g, rows, plan, places, device, stream),
+        "decode", message);
   const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)

@@ -23,7 +23,8 @@ __device__ __forceinline__ unsigned divided(unsigned x, const divisor &by) {
   return by.inverse ? static_cast<unsigned>(__umul64hi(by.inverse, x)) : x;
 }
 
-/* A call, so that the instructions of what hardly ever happens lie apart: those of a step are fetched anew every time. */
+/* A call, so that the instructions of what hardly ever happens lie apart: those of a step are fetched anew every time.
+ */
 __device__ __noinline__ int64_t divided_far(int64_t x, int64_t d) { return x / d; }
 
 /* The same for a position, however far; `small` when everything fits 31 bits. */

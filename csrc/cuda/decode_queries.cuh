@@ -16,7 +16,7 @@ namespace {
 
 /* Rows of the weights that one thread has under way. */
 __host__ __device__ constexpr int rows_ahead(int rows) { return rows > 1 ? 8 : 16; }
-constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
+constexpr int MANY_ROWS = 4; /* rows of a block, where there are many */
 constexpr float FEATURE_FLOOR = 1e-12f;
 
 struct query_plan {
@@ -284,8 +284,9 @@ __global__ void __launch_bounds__(THREADS, 4)
     }
   };
   const bool projects = has_weights(g.map);
-  /* Instructions come from L2 or beyond, line after line, and take longer than what they do. So that they are there when
-   * q is, all is done once in vain, with whatever lies in shared memory, before the kernels before this one have ended. */
+  /* Instructions come from L2 or beyond, line after line, and take longer than what they do. So that they are there
+   * when q is, all is done once in vain, with whatever lies in shared memory, before the kernels before this one have
+   * ended. */
 #pragma unroll 1
   for (int in_vain = hedgehog; in_vain >= 0; in_vain--) {
     const auto ask = [&] {

@@ -173,7 +173,8 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
 /* The spans of a decoding step. All blocks write the same, so that each can read them at once. */
 __device__ void write_spans(const feature_job &job) {
   if (!job.writes_spans) return;
-  for (int row = threadIdx.x; row < job.g.B; row += blockDim.x) job.g.spans[row] = span_of(job.g, job.spans_of, row, 0, 1);
+  for (int row = threadIdx.x; row < job.g.B; row += blockDim.x)
+    job.g.spans[row] = span_of(job.g, job.spans_of, row, 0, 1);
   __syncthreads();
 }
 
@@ -740,7 +741,8 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
   int blocks = static_cast<int>(total < most ? total : most);
   /* A small decoding step, which hardly ever has work here: multiprocessors stay free for the kernels behind it. */
-  if (job->writes_spans) blocks = min(blocks, g.Hq * (limits.processors / 2 / g.Hq > 1 ? limits.processors / 2 / g.Hq : 1));
+  if (job->writes_spans)
+    blocks = min(blocks, g.Hq * (limits.processors / 2 / g.Hq > 1 ? limits.processors / 2 / g.Hq : 1));
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
                                     : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
