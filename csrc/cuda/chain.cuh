@@ -5,9 +5,9 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, scan and commit apart, of which no two follow one
- * another before decoding's main kernel: so that one knows, once it has started, that all but the last two before it
- * have ended. It builds on that. */
+ * lola_device_start_next comes after lola_device_await_previous, but in scan and commit, which hold nobody up. Decoding's
+ * main kernel comes behind them and builds on it: once it has started, features has begun behind its wait, so all that
+ * came before features has ended. */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 
