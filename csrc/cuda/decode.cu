@@ -9,12 +9,8 @@
  * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head)
  * that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend
  * on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The
- * block that holds the newest pair, or merges, writes that pair into the window ring and advances the counters, which by
- * then no other reads.
- *
- * A step is short and its code long: between two steps of a layer the caches are full of other things, and instructions
- * that come from L2 or beyond cost more than what they do. Hence code without copies of itself, calls for what is rare,
- * and bytes of the cache that give way in L2 first. */
+ * block that holds the newest pair, or merges, writes that pair into the window ring and advances the counters, which
+ * by then no other reads. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
 #include "decode_pipeline.cuh"
@@ -703,42 +699,35 @@ __global__ void __launch_bounds__(THREADS, 3)
 
 /* --- a unit a block, and no kernel before it -------------------------------------------------------- */
 
-/* row_range, where the call has index arrays. */
-__device__ __noinline__ void listed_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
-  row_range(rows, row, start, stop);
-}
-
-__device__ __forceinline__ bool has_lists(const call_rows &rows) {
-  return rows.starts.data || rows.stops.data || rows.cu_seqlens.data;
-}
-
-/* As facts_of, by a warp from the cache and the call themselves; whether the step updates the row. */
-__device__ __forceinline__ bool own_facts(const lola_device_segment &g, const call_rows &rows, const decode_plan &plan,
-                                          unsigned group, group_facts *facts) {
-  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), lane = threadIdx.x % 32;
+/* As facts_of, from the cache and the call themselves. */
+__device__ __forceinline__ group_facts own_facts(const lola_device_segment &g, const call_rows &rows,
+                                                 const decode_plan &plan, unsigned group, bool *updated) {
+  group_facts f = {};
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = plan.sets;
+  f.kv_head = static_cast<int>(group) - row * g.Hkv;
+  f.group = group;
   const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
-  int64_t count = 0, folded = 0, start = 0, stop = rows.tokens;
-  if (lane < plan.sets && g.L) count = __ldcg(g.sparse_count + static_cast<int64_t>(group) * plan.sets + lane);
-  if (lane < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY)
-    folded = __ldcg(g.folded + static_cast<int64_t>(group) * g.r + lane);
-  if (has_lists(rows)) listed_range(rows, row, &start, &stop);
-  const row_window window = window_of(g, plan, position);
-  const unsigned heads = __ballot_sync(ALL, folded != 0);
-  if (lane < MATRIX_HEADS) facts->counts[lane] = static_cast<int>(count);
-  if (lane == 0) {
-    facts->kv_head = static_cast<int>(group) - row * g.Hkv;
-    facts->group = group;
-    facts->folded = heads;
-    facts->of.batch = rows.cu_seqlens.data ? 0 : row;
-    facts->of.first = start;
-    facts->of.position = position;
-    facts->of.chunk = window.chunk;
-    facts->of.row = stop > start ? row : -1;
-    facts->of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
-    facts->of.window_pairs = static_cast<int>(window.pairs);
-    facts->of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+#pragma unroll
+  for (int i = 0; i < MATRIX_HEADS; i++) {
+    if (i < sets && g.L)
+      f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(group) * sets + i));
+    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(group) * g.r + i))
+      f.folded |= 1u << i;
   }
-  return stop > start && window.first > max(lola_device_leaving_first(g, last_update + 1), INT64_C(0));
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  const row_window window = window_of(g, plan, position);
+  f.of.batch = rows.cu_seqlens.data ? 0 : row;
+  f.of.first = start;
+  f.of.position = position;
+  f.of.chunk = window.chunk;
+  f.of.row = stop > start ? row : -1;
+  f.of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
+  f.of.window_pairs = static_cast<int>(window.pairs);
+  f.of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+  const int64_t leaves = lola_device_leaving_first(g, last_update + 1);
+  *updated = stop > start && window.first > max(leaves, INT64_C(0));
+  return f;
 }
 
 /* For batches so small that every unit has a block which runs at once: then a step takes as long as what waits for one
@@ -761,41 +750,45 @@ __global__ void __launch_bounds__(THREADS, 3)
   const bool is_state = u.kind == STATE_UNIT;
   float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
                *const kept = parts + queries.phi_at, *const phi = kept + g.F;
-  const float *const weights = g.map.w_q + static_cast<int64_t>(head) * WIDE * M;
-  const bool projects = is_state && g.mixing != LOLA_MIXING_CACHE_ONLY;
+  if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
   if (threadIdx.x == 0) {
-    if (projects) prefetch(weights, WIDE * M * INT64_C(4));
-    prefetch_unit(g, plan, blockIdx.x);
     if (g.gate) touch(g.gate + (static_cast<int>(group) - row * g.Hkv) * g.r);
     touch(scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4));
     touch(counters + group);
   }
-  /* With an update's kernels between, this one has not begun before all that came before them has ended. */
-  if (plan.awaits) lola_device_await_previous();
-  if (threadIdx.x / 32 == WARPS - 1) {
-    bool updated = false;
-#pragma unroll 1
-    for (int turn = 0; turn < 2; turn++) { /* what an update changes is looked up again behind it */
-      if (turn) lola_device_await_previous();
-      updated = own_facts(g, rows, plan, group, &facts);
-      if (!updated) break;
-    }
-    if (threadIdx.x == THREADS - 1) is_updated = updated;
-  }
-  const auto stage_query = [&] {
-    int64_t start = 0, stop = rows.tokens;
-    if (has_lists(rows)) listed_range(rows, row, &start, &stop);
-    const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
-    if (stop <= start) return;
-    if (!queries.query_vector) {
-      x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
-    } else if (threadIdx.x < WIDE / 8) {
-      float eight[8];
-      load_eight(q, threadIdx.x, g.q.dtype, eight);
-      store_floats<8>(x + threadIdx.x * 8, eight);
+  const auto look_up = [&] {
+    /* With an update's kernels between, this one has not begun before all that came before them has ended. */
+    if (plan.awaits) lola_device_await_previous();
+    if (threadIdx.x == THREADS - 1) {
+      bool updated;
+      facts = own_facts(g, rows, plan, group, &updated);
+      if (updated) {
+        lola_device_await_previous();
+        facts = own_facts(g, rows, plan, group, &updated);
+      }
+      is_updated = updated;
     }
   };
-  if (projects) project<4, 1>(weights, WIDE, M, queries, x, parts, stage_query);
+  const auto stage_query = [&] {
+    look_up();
+    int64_t start, stop;
+    row_range(rows, row, &start, &stop);
+    const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
+    if (stop <= start) return;
+    if (queries.query_vector) {
+      float eight[8];
+      if (threadIdx.x < WIDE / 8) {
+        load_eight(q, threadIdx.x, g.q.dtype, eight);
+        store_floats<8>(x + threadIdx.x * 8, eight);
+      }
+    } else {
+      x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
+    }
+  };
+  if (is_state && g.mixing != LOLA_MIXING_CACHE_ONLY)
+    project<4, 1>(g.map.w_q + static_cast<int64_t>(head) * WIDE * M, WIDE, M, queries, x, parts, stage_query);
+  else
+    look_up();
   __syncthreads();
   if (is_updated) lola_device_await_previous(); /* every thread that reads what the update wrote */
   work_unit own = u;

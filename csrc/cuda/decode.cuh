@@ -23,14 +23,10 @@ __device__ __forceinline__ unsigned divided(unsigned x, const divisor &by) {
   return by.inverse ? static_cast<unsigned>(__umul64hi(by.inverse, x)) : x;
 }
 
-/* A call, so that the instructions of what hardly ever happens lie apart: those of a step are fetched anew every time.
- */
-__device__ __noinline__ int64_t divided_far(int64_t x, int64_t d) { return x / d; }
-
 /* The same for a position, however far; `small` when everything fits 31 bits. */
 __device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool small) {
   if (small) return divided(static_cast<unsigned>(x), by);
-  return divided_far(x, by.d);
+  return x / by.d;
 }
 
 /* --- the plan --------------------------------------------------------------------------------------- */

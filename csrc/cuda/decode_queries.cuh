@@ -14,9 +14,8 @@
 
 namespace {
 
-/* Rows of the weights that one thread has under way. */
-__host__ __device__ constexpr int rows_ahead(int rows) { return rows > 1 ? 8 : 16; }
-constexpr int MANY_ROWS = 4; /* rows of a block, where there are many */
+constexpr int ROWS_AHEAD = 16; /* rows of the weights that one thread has under way */
+constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
 constexpr float FEATURE_FLOOR = 1e-12f;
 
 struct query_plan {
@@ -81,7 +80,6 @@ __device__ __forceinline__ void project(const float *weights, int D, int M, cons
                                         float *parts, Stage stage) {
   const int shift = plan.weight_shift, groups = THREADS >> shift;
   const int lane = threadIdx.x & ((1 << shift) - 1), group = threadIdx.x >> shift, block = VECTOR << shift;
-  constexpr int ROWS_AHEAD = rows_ahead(ROWS);
   bool staged = false;
 #pragma unroll 1
   for (int first = 0; first < M; first += block) {
@@ -131,7 +129,7 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
                                              bool round, float *kept, float *phi) {
   const int lane = threadIdx.x % 32;
   float high = -INFINITY, low = INFINITY, above = 0, below = 0;
-#pragma unroll 1
+#pragma unroll 2
   for (int j = lane; j < M; j += 32) {
     const float y = column(plan, parts, j);
     kept[j] = y;
@@ -140,7 +138,7 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   }
   high = warp_max(high);
   low = -warp_max(-low);
-#pragma unroll 1
+#pragma unroll 2
   for (int j = lane; j < M; j += 32) {
     const float y = kept[j], up = expf(y - high), down = expf(low - y);
     kept[j] = up;
@@ -151,7 +149,7 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   above = warp_sum(above);
   below = warp_sum(below);
   const float up = normalise ? 1 / above : 1, down = normalise ? 1 / below : 1;
-#pragma unroll 1
+#pragma unroll 2
   for (int j = lane; j < M; j += 32) {
     phi[j] = finish_feature(kept[j] * up, FEATURE_FLOOR, round);
     phi[M + j] = finish_feature(kept[M + j] * down, FEATURE_FLOOR, round);
@@ -284,33 +282,24 @@ __global__ void __launch_bounds__(THREADS, 4)
     }
   };
   const bool projects = has_weights(g.map);
-  /* Instructions come from L2 or beyond, line after line, and take longer than what they do. So that they are there
-   * when q is, all is done once in vain, with whatever lies in shared memory, before the kernels before this one have
-   * ended. */
-#pragma unroll 1
-  for (int in_vain = hedgehog; in_vain >= 0; in_vain--) {
-    const auto ask = [&] {
-      if (!in_vain) stage();
-    };
-    if (!projects) {
-      ask();
-      __syncthreads();
-    } else if (plan.weight_vector == 4) {
-      project<4, ROWS>(weights, D, M, plan, x, parts, ask);
-    } else {
-      project<1, ROWS>(weights, D, M, plan, x, parts, ask);
-    }
-    if (!in_vain && step.pipeline) prefetch_first_units(g, step); /* behind what this kernel itself waits for */
-#pragma unroll 1
-    for (int q = threadIdx.x / 32; hedgehog && q < ROWS; q += WARPS) {
-      float *const kept = query_memory + plan.phi_at + q * F;
-      if (in_vain || batch[q] >= 0)
-        exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round, kept,
-                     in_vain ? kept : phi + (static_cast<int64_t>(first + q) * g.Hq + head) * F);
-    }
-    __syncthreads(); /* the projection was read */
+  if (!projects) {
+    stage();
+    __syncthreads();
+  } else if (plan.weight_vector == 4) {
+    project<4, ROWS>(weights, D, M, plan, x, parts, stage);
+  } else {
+    project<1, ROWS>(weights, D, M, plan, x, parts, stage);
   }
-  if (hedgehog) return;
+  if (step.pipeline) prefetch_first_units(g, step); /* behind what this kernel itself waits for */
+  if (hedgehog) {
+    const int warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int q = warp; q < ROWS; q += WARPS)
+      if (batch[q] >= 0)
+        exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round,
+                     query_memory + plan.phi_at + q * F, out + q * row_step);
+    return;
+  }
 #pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * F; i += THREADS) {
     const int q = i / F, f = i - q * F;

@@ -739,10 +739,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
-  int blocks = static_cast<int>(total < most ? total : most);
-  /* A small decoding step, which hardly ever has work here: multiprocessors stay free for the kernels behind it. */
-  if (job->writes_spans)
-    blocks = min(blocks, g.Hq * (limits.processors / 2 / g.Hq > 1 ? limits.processors / 2 / g.Hq : 1));
+  const int blocks = static_cast<int>(total < most ? total : most);
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
                                     : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
