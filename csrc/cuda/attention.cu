@@ -177,13 +177,7 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
   }
   g.tokens = g.B; /* a token a row, at most */
   g.longest = 1;
-  lola_status status = lola_cuda_decode_begin(&g, rows, decode_scratch, stream, message);
-  if (!call->no_update) {
-    if (!status) status = lola_cuda_segment_features(&g, LOLA_FEATURES_OF_CACHE, 0, stream, message);
-    if (!status) status = lola_cuda_scan(&g, 0, stream, message);
-    if (!status && !lola_cuda_decode_commits(&g)) status = lola_cuda_commit_sparse(&g, stream, message);
-  }
-  if (!status) status = lola_cuda_decode(&g, decode_scratch, !call->no_update, stream, message);
+  const lola_status status = lola_cuda_decode(&g, rows, decode_scratch, !call->no_update, stream, message);
   lola_cuda_release(call->device, phi, call->stream);
   return status;
 }
@@ -276,7 +270,7 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
     const lola_device_segment g = segment_at(i);
     const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == plan.segments;
     const int parts = LOLA_FEATURES_OF_CACHE | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
-    status = lola_cuda_segment_features(&g, parts, 0, stream, message);
+    status = lola_cuda_segment_features(&g, parts, 0, nullptr, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
     if (!status && !begins) {
       const lola_device_segment before = segment_at(i - 1);
@@ -284,7 +278,7 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
     }
     if (!status && !ends) {
       const lola_device_segment after = segment_at(i + 1);
-      status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, stream, message);
+      status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, nullptr, stream, message);
     }
     if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
     if (!status) status = lola_cuda_commit(&g, stream, message);

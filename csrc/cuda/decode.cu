@@ -1,5 +1,5 @@
 /* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
- * spans and phi(q) (decode_queries.cuh), then everything else.
+ * spans and phi(q) (decode_queries.cuh), then everything else. A small batch does without the first (below).
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
@@ -9,7 +9,8 @@
  * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head)
  * that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend
  * on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The
- * block that holds the newest pair writes it into the window ring and advances the counters, which no other reads. */
+ * block that holds the newest pair, or merges, writes that pair into the window ring and advances the counters, which
+ * by then no other reads. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
 #include "decode_pipeline.cuh"
@@ -78,6 +79,7 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   }
   p.window_tiles = divided_up(sizes.R, p.pairs);
   p.sparse_tiles = divided_up(sizes.L, p.pairs);
+  p.sets = static_cast<int>(sizes.sets);
   p.state_parts = p.pipeline ? static_cast<int>(sizes.F / UNIT_PAIRS) : 1;
   p.state_items = sizes.r * p.state_parts;
   p.sparse_items = sizes.sets * p.sparse_tiles;
@@ -132,8 +134,9 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
   p->shared_bytes = most;
 }
 
-/* Scratch: a counter of arrivals per (row, KV head), zero between launches; the rows in order; phi(q); partials. */
-int64_t counter_bytes(int64_t groups) { return divided_up(groups * 4, 256) * 256; }
+/* Scratch: counters of arrivals per (row, KV head) and per row, zero between launches; the rows in order; phi(q);
+ * partials. */
+int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) * 4, 256) * 256; }
 int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row)) + 4, 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
@@ -220,6 +223,93 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
       if (base == 0 && lane == 0 && g.share.data)
         *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
     }
+  }
+}
+
+/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one
+ * head needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the
+ * other. */
+template <class Count>
+__device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
+                                           int64_t first, int kv_head, int window_pairs, Count count_of,
+                                           const float *partials) {
+  constexpr int MERGE = 12, PARTS = 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = plan.columns + 4;
+  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
+  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
+#pragma unroll 1
+  for (int j = warp; j < g.r; j += WARPS) {
+    const int tiles = window_tiles + tiles_of(plan, count_of(j)), head = kv_head * g.r + j;
+    const float *const own = partials + static_cast<int64_t>(j) * slots * stride;
+    const float *const state = own + (slots - plan.state_parts) * stride;
+    float high = -INFINITY, sum = 0, z = 0, o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
+    float gate = 0;
+    if (g.gate) gate = g.gate[head];
+    int done = 0;
+    do {
+      const int left = min(tiles - done, MERGE);
+      float4 x[MERGE], y[PARTS];
+      float part_z[PARTS];
+      float2 pair = make_float2(-INFINITY, 0);
+      if (lane < left)
+        pair = __ldcg(reinterpret_cast<const float2 *>(own + (done + lane) * stride +
+                                                       (done + lane < window_tiles ? 0 : gap) + plan.columns));
+#pragma unroll
+      for (int t = 0; t < MERGE; t++) {
+        const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + lane * 4;
+        x[t] = make_float4(0, 0, 0, 0);
+        if (t < left) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const bool there = done == 0 && part < plan.state_parts;
+        y[part] = make_float4(0, 0, 0, 0);
+        part_z[part] = 0;
+        if (!there) continue;
+        y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
+        part_z[part] = __ldcg(state + part * stride + plan.columns);
+      }
+      const float higher = fmaxf(high, warp_max(pair.x));
+      const float before = weight_below(high, higher), share = weight_below(pair.x, higher);
+      high = higher;
+      sum = fmaf(before, sum, warp_sum(share * pair.y));
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[e] *= before;
+#pragma unroll
+      for (int t = 0; t < MERGE; t++) {
+        const float w = __shfl_sync(ALL, share, t);
+        o[0] = fmaf(w, x[t].x, o[0]);
+        o[1] = fmaf(w, x[t].y, o[1]);
+        o[2] = fmaf(w, x[t].z, o[2]);
+        o[3] = fmaf(w, x[t].w, o[3]);
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        z += part_z[part];
+        n[0] += y[part].x;
+        n[1] += y[part].y;
+        n[2] += y[part].z;
+        n[3] += y[part].w;
+      }
+      done += MERGE;
+    } while (done < tiles);
+#pragma unroll 1
+    for (int part = PARTS; part < plan.state_parts; part++) {
+      const float4 y = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
+      z += __ldcg(state + part * stride + plan.columns);
+      n[0] += y.x;
+      n[1] += y.y;
+      n[2] += y.z;
+      n[3] += y.w;
+    }
+    const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
+    char *const out = lola_device_at(g.out, batch, first, head);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
+      lola_device_store(out, lane * 4 + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
+    }
+    if (lane == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
   }
 }
 
@@ -404,7 +494,6 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
                                                 const decode_rows &ordered, unsigned index) {
   group_facts f = {};
   const unsigned place = divided(index, plan.by_kv_heads);
-  const int sets = g.S / g.Hkv;
   f.kv_head = static_cast<int>(index - place * g.Hkv);
   f.of = ordered.rows[place];
   /* Mostly rows are in their places, and what is asked for beside the row is the right one. */
@@ -415,8 +504,8 @@ __device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, co
     f.folded = 0;
 #pragma unroll
     for (int i = 0; i < MATRIX_HEADS; i++) {
-      if (i < sets && g.L)
-        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * sets + i));
+      if (i < plan.sets && g.L)
+        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * plan.sets + i));
       if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(f.group) * g.r + i))
         f.folded |= 1u << i;
     }
@@ -439,8 +528,8 @@ __device__ __forceinline__ newest_elements load_newest(const lola_device_segment
                          reinterpret_cast<const uint16_t *>(value)[threadIdx.x]};
 }
 
-/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache; its score; and
- * the counters. */
+/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache, and its score.
+ */
 __device__ __forceinline__ void keep_newest(const lola_device_segment &g, const group_facts &facts,
                                             const newest_elements &newest) {
   const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.of.ring_slot;
@@ -456,30 +545,94 @@ __device__ __forceinline__ void keep_newest(const lola_device_segment &g, const 
       sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.of.batch, facts.of.first, h));
     g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.of.ring_slot] = sum;
   }
-  if (facts.kv_head == 0 && threadIdx.x == 0) {
-    g.tokens_seen[facts.of.row] = facts.of.position + 1;
-    if (facts.of.chunk > g.chunks[facts.of.row]) g.chunks[facts.of.row] = facts.of.chunk;
+}
+
+/* The row's counters, by one thread. */
+__device__ __forceinline__ void advance(const lola_device_segment &g, const decode_row &of) {
+  g.tokens_seen[of.row] = of.position + 1;
+  if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
+}
+
+/* A KV head whose units are all done: its outputs, and what the step leaves behind; `awaits`: an update's kernel may
+ * still look at a counter of the row's. */
+__device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, bool awaits, const float *partials) {
+  const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
+  const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
+  merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
+  if (awaits) lola_device_await_previous();
+  keep_newest(g, facts, newest);
+}
+
+/* A unit that is there, into its partials. `phi`: of a state's rows. */
+template <typename T>
+__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, const work_unit &u, bool gathers, char *stage,
+                                             const float *phi, float *sums, float *partials) {
+  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
+  const int64_t head_step = plan.slots * stride;
+  if (u.kind == STATE_UNIT) {
+    float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
+    const bool folded = facts.folded >> u.which & 1;
+    if (folded) recall_quarter(stage, phi, sums);
+    if (g.stores_features && u.tile == 0)
+      keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
+                    static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
+    __syncthreads();
+    if (folded && warp == 0) {
+      float n[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float x[4];
+        load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
+#pragma unroll
+        for (int e = 0; e < 4; e++) n[e] += x[e];
+      }
+      store_floats<4>(partial + threadIdx.x * 4, n);
+    }
+    if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
+    return;
   }
+  const int count = pairs_of(facts, u);
+  if (count <= 0) return;
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
+  if (gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
+  if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
+  __syncthreads();
+  const tile_target to = {
+      partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) + u.tile * stride, head_step};
+  merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS, warps, 0,
+              heads, to);
+}
+
+/* What a block knows of its run of a share. */
+__device__ __forceinline__ void look_up_run(const lola_device_segment &g, const decode_plan &plan,
+                                            const unit_share &share, const decode_rows &ordered, group_facts *known) {
+  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+  if (begin == end) return;
+  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
+  if (threadIdx.x > last_group - first_group) return;
+  known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
+  const group_facts &f = known[threadIdx.x];
+  if (f.of.row < 0) return;
+  /* What its merge reads once more, while there is time. */
+  touch(lola_device_at(g.k, f.of.batch, f.of.first, f.kv_head));
+  touch(lola_device_at(g.v, f.of.batch, f.of.first, f.kv_head));
+  if (g.gate) touch(g.gate + f.kv_head * g.r);
 }
 
 /* A block's run of a share. `updated`: the share's rows are. */
 template <typename T>
 __device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
-                                        bool updated, const decode_rows &ordered, unsigned *counters,
+                                        bool updated, const group_facts *known, unsigned *counters,
                                         const float *query_phi, float *scratch, char *shared) {
-  __shared__ group_facts known[MOST_GROUPS];
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
   __shared__ int last;
   const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
   if (begin == end) return;
-  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
+  const unsigned first_group = divided(begin, plan.by_items);
   const bool gathers = updated && plan.gathers;
-  if (threadIdx.x <= last_group - first_group)
-    known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
-  __syncthreads();
-
-  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
-  const int64_t head_step = plan.slots * stride;
   work_unit next = unit_at(plan, begin, first_group);
   ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
   copies_end_group();
@@ -496,44 +649,10 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
     copies_end_group();
     const group_facts &facts = known[u.group];
     char *const stage = shared + turn * STAGE_BYTES;
-    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * head_step;
-    if (facts.of.row < 0) {
-      /* idle: nothing was asked for */
-    } else if (u.kind == STATE_UNIT) {
-      float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
-      const bool folded = facts.folded >> u.which & 1;
-      if (folded) recall_quarter(stage, sums);
-      if (g.stores_features && u.tile == 0)
-        keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
-                      static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
-      __syncthreads();
-      if (folded && warp == 0) {
-        float n[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-          float x[4];
-          load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
-#pragma unroll
-          for (int e = 0; e < 4; e++) n[e] += x[e];
-        }
-        store_floats<4>(partial + threadIdx.x * 4, n);
-      }
-      if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
-    } else {
-      const int count = pairs_of(facts, u);
-      if (count > 0) {
-        const bool sparse = u.kind == SPARSE_UNIT;
-        const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-        if (gathers && sparse) keep_entered(g, facts, u, stage + warp * QUARTER_BYTES);
-        if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
-        __syncthreads();
-        const tile_target to = {partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) +
-                                    u.tile * stride,
-                                head_step};
-        merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS,
-                    warps, 0, heads, to);
-      }
-    }
+    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
+    if (facts.of.row >= 0) /* nothing was asked for of one that is idle */
+      work_on_unit<T>(g, plan, facts, u, gathers, stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums,
+                      partials);
     if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
       const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
                      group_end = group_begin + static_cast<unsigned>(plan.items);
@@ -549,12 +668,8 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
         merges = last;
       }
       if (merges) {
-        const auto count_of = [&](int j) -> int64_t {
-          return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)];
-        };
-        const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
-        merge(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
-        keep_newest(g, facts, newest);
+        finish_group(g, plan, facts, false, partials);
+        if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
       }
     }
   }
@@ -568,16 +683,142 @@ __global__ void __launch_bounds__(THREADS, 3)
   lola_device_start_next();
   /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
   if (plan.awaits) lola_device_await_previous();
-  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain));
+  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain)), B = static_cast<unsigned>(g.B);
+  __shared__ group_facts known[MOST_GROUPS];
+  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), ordered, known); /* as if no row was updated */
 #pragma unroll 1
   for (int updated = 0; updated < 2; updated++) {
-    if (updated) {
-      lola_device_await_previous();
-      __syncthreads(); /* what is known of the rows before was read */
-    }
-    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? g.B - plain : plain);
-    work_on<T>(g, plan, share, updated, ordered, counters, query_phi, scratch, shared);
+    if (updated) lola_device_await_previous();
+    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? B - plain : plain);
+    __syncthreads(); /* what is known of the rows before was read */
+    if (updated || plain != B) look_up_run(g, plan, share, ordered, known);
+    __syncthreads();
+    work_on<T>(g, plan, share, updated, known, counters, query_phi, scratch, shared);
   }
+}
+
+/* --- a unit a block, and no kernel before it -------------------------------------------------------- */
+
+/* As facts_of, from the cache and the call themselves. */
+__device__ __forceinline__ group_facts own_facts(const lola_device_segment &g, const call_rows &rows,
+                                                 const decode_plan &plan, unsigned group, bool *updated) {
+  group_facts f = {};
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = plan.sets;
+  f.kv_head = static_cast<int>(group) - row * g.Hkv;
+  f.group = group;
+  const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
+#pragma unroll
+  for (int i = 0; i < MATRIX_HEADS; i++) {
+    if (i < sets && g.L)
+      f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(group) * sets + i));
+    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(group) * g.r + i))
+      f.folded |= 1u << i;
+  }
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  const row_window window = window_of(g, plan, position);
+  f.of.batch = rows.cu_seqlens.data ? 0 : row;
+  f.of.first = start;
+  f.of.position = position;
+  f.of.chunk = window.chunk;
+  f.of.row = stop > start ? row : -1;
+  f.of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
+  f.of.window_pairs = static_cast<int>(window.pairs);
+  f.of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
+  const int64_t leaves = lola_device_leaving_first(g, last_update + 1);
+  *updated = stop > start && window.first > max(leaves, INT64_C(0));
+  return f;
+}
+
+/* For batches so small that every unit has a block which runs at once: then a step takes as long as what waits for one
+ * another in it, and a kernel of its own for phi(q) would be one more. So a block looks its row up itself, and those of
+ * a state compute phi(q), as decode_queries_kernel does. The rows' spans, for the update, are features' to write. */
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 3)
+    decode_small_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                        const __grid_constant__ query_plan queries, const __grid_constant__ decode_plan plan,
+                        unsigned *counters, unsigned *row_counters, float *scratch) {
+  extern __shared__ __align__(16) char shared[]; /* a stage, then what the projection takes */
+  __shared__ group_facts facts;
+  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
+  __shared__ int is_updated, last;
+  lola_device_start_next();
+  const work_unit u = unit_at(plan, blockIdx.x, 0);
+  const unsigned group = static_cast<unsigned>(u.group);
+  const int row = static_cast<int>(divided(group, plan.by_kv_heads)),
+            head = (static_cast<int>(group) - row * g.Hkv) * g.r + u.which, M = g.F / 2;
+  const bool is_state = u.kind == STATE_UNIT;
+  float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
+               *const kept = parts + queries.phi_at, *const phi = kept + g.F;
+  if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
+  if (threadIdx.x == 0) {
+    if (g.gate) touch(g.gate + (static_cast<int>(group) - row * g.Hkv) * g.r);
+    touch(scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4));
+    touch(counters + group);
+  }
+  const auto look_up = [&] {
+    /* With an update's kernels between, this one has not begun before all that came before them has ended. */
+    if (plan.awaits) lola_device_await_previous();
+    if (threadIdx.x == THREADS - 1) {
+      bool updated;
+      facts = own_facts(g, rows, plan, group, &updated);
+      if (updated) {
+        lola_device_await_previous();
+        facts = own_facts(g, rows, plan, group, &updated);
+      }
+      is_updated = updated;
+    }
+  };
+  const auto stage_query = [&] {
+    look_up();
+    int64_t start, stop;
+    row_range(rows, row, &start, &stop);
+    const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
+    if (stop <= start) return;
+    if (queries.query_vector) {
+      float eight[8];
+      if (threadIdx.x < WIDE / 8) {
+        load_eight(q, threadIdx.x, g.q.dtype, eight);
+        store_floats<8>(x + threadIdx.x * 8, eight);
+      }
+    } else {
+      x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
+    }
+  };
+  if (is_state && g.mixing != LOLA_MIXING_CACHE_ONLY)
+    project<4, 1>(g.map.w_q + static_cast<int64_t>(head) * WIDE * M, WIDE, M, queries, x, parts, stage_query);
+  else
+    look_up();
+  __syncthreads();
+  if (is_updated) lola_device_await_previous(); /* every thread that reads what the update wrote */
+  work_unit own = u;
+  own.group = 0;
+  const bool gathers = is_updated && plan.gathers;
+  float *const partials = scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4);
+  if (facts.of.row >= 0) {
+    ask_unit<T>(g, plan, facts, own, gathers, nullptr, shared);
+    copies_end_group();
+    if (is_state && threadIdx.x < 32 && facts.folded >> u.which & 1)
+      exponentials(queries, parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, true, kept, phi);
+    copies_wait<0>();
+    __syncthreads();
+    work_on_unit<T>(g, plan, facts, own, gathers, shared, phi + u.tile * UNIT_PAIRS, sums, partials);
+    __syncthreads(); /* the partial is written */
+    if (threadIdx.x == 0) {
+      last = arrive(&counters[group]) == static_cast<unsigned>(plan.items) - 1;
+      if (last) counters[group] = 0;
+    }
+    __syncthreads();
+    if (last) {
+      finish_group(g, plan, facts, true, partials);
+      /* Every block of the row has looked its counters up when the last of its KV heads is done. */
+      if (threadIdx.x == 0 && arrive(&row_counters[row]) == static_cast<unsigned>(g.Hkv) - 1) {
+        row_counters[row] = 0;
+        advance(g, facts.of);
+      }
+    }
+  }
+  lola_device_await_previous(); /* so that whoever awaits this kernel awaits all before it */
 }
 
 /* --- the launches ----------------------------------------------------------------------------------- */
@@ -599,17 +840,18 @@ template <auto KERNEL> cudaError_t allow_shared(int64_t bytes, int device) {
 
 /* Where a step's scratch lies. */
 struct scratch_places {
-  unsigned *counters;
+  unsigned *counters, *row_counters;
   decode_rows ordered;
   float *phi, *partials;
 };
 
 scratch_places places_in(void *scratch, const lola_device_segment &g) {
   char *const counters = static_cast<char *>(scratch);
-  char *const rows = counters + counter_bytes(static_cast<int64_t>(g.B) * g.Hkv);
+  char *const rows = counters + counter_bytes(g.B, g.Hkv);
   char *const phi = rows + rows_bytes(g.B);
   scratch_places places;
   places.counters = reinterpret_cast<unsigned *>(counters);
+  places.row_counters = places.counters + static_cast<int64_t>(g.B) * g.Hkv;
   places.ordered.rows = reinterpret_cast<decode_row *>(rows);
   places.ordered.plain = reinterpret_cast<int *>(places.ordered.rows + g.B);
   places.phi = reinterpret_cast<float *>(phi);
@@ -703,6 +945,9 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
                    cudaGetErrorString(error));
 }
 
+/* Whether the weights of queries can be read 16 bytes at a time. */
+bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0; }
+
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
  * groups. */
 int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
@@ -728,13 +973,15 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
     p.blocks = pipeline_blocks(groups, *limits, p);
+    p.small = is_hedgehog(g.map) && !g.stores_features && g.F % 8 == 0 && aligned_weights(g) &&
+              groups * p.items <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   } else {
     place_shared(sizes, &p);
     p.blocks = groups * p.items;
     p.prefetch = p.blocks <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   }
   if (p.shared_bytes + 64 > limits->shared_bytes) return too_large(g, p.shared_bytes, limits->shared_bytes, message);
-  p.gathers = lola_cuda_decode_commits(&g);
+  p.gathers = p.pipeline && !g.stores_features;
   p.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
   p.call_aligned = p.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
   p.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
@@ -769,23 +1016,14 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(groups) + rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) +
-         groups * floats * 4;
+  return counter_bytes(shape.batch, shape.kv_heads) + rows_bytes(shape.batch) +
+         phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
 }
 
-int lola_cuda_decode_commits(const lola_device_segment *segment) {
-  return uses_matrix(*segment) && fits_pipeline(sizes_of(*segment)) && !segment->stores_features;
-}
+namespace {
 
-lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const call_rows &rows, void *scratch,
-                                   cudaStream_t stream, lola_message *message) {
-  const lola_device_segment &g = *segment;
-  if (!g.B || !g.Hkv) return LOLA_OK;
-  int device = 0;
-  device_limits limits = {};
-  decode_plan step = {};
-  lola_status status = plan_step(g, &step, &device, &limits, message);
-  if (status) return status;
+/* The first kernel's plan, but for its blocks. */
+query_plan plan_queries(const lola_device_segment &g, int rows_of_block) {
   const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
@@ -795,18 +1033,29 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   plan.parts = projects ? divided_up(M, static_cast<int64_t>(plan.weight_vector) << plan.weight_shift) * THREADS *
                               plan.weight_vector
                         : 0;
-  const int64_t row_floats = reads_q ? plan.parts + g.D + g.F : 0;
-  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
-                    MANY_ROWS * row_floats * 4 <= 48 << 10;
-  const int rows_of_block = many ? MANY_ROWS : 1;
   plan.x_at = static_cast<int>(rows_of_block * plan.parts);
   plan.phi_at = static_cast<int>(plan.x_at + rows_of_block * static_cast<int64_t>(reads_q ? g.D : 0));
-  const int64_t bytes = rows_of_block * row_floats * 4;
+  return plan;
+}
+
+/* Its shared memory for a row. */
+int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
+  return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
+}
+
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
+                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
+                           lola_message *message) {
+  query_plan plan = plan_queries(g, 1);
+  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
+                    MANY_ROWS * query_bytes(g, plan) <= 48 << 10;
+  const int rows_of_block = many ? MANY_ROWS : 1;
+  if (many) plan = plan_queries(g, MANY_ROWS);
+  const int64_t bytes = rows_of_block * query_bytes(g, plan);
   if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
   plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
   if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
-  const scratch_places places = places_in(scratch, g);
   const auto queue = [&](auto kernel) {
     return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
                                     places.ordered, places.phi);
@@ -821,8 +1070,22 @@ lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const cal
   return launched(error, "decode_queries", message);
 }
 
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
-                             lola_message *message) {
+template <auto KERNEL>
+cudaError_t launch_small_kernel(const lola_device_segment &g, const call_rows &rows, const decode_plan &plan,
+                                const scratch_places &places, int device, cudaStream_t stream) {
+  const query_plan queries = plan_queries(g, 1);
+  const int64_t bytes = STAGE_BYTES + query_bytes(g, queries) + g.F * INT64_C(4);
+  const cudaError_t error = allow_shared<KERNEL>(bytes, device);
+  if (error != cudaSuccess) return error;
+  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(static_cast<int64_t>(g.B) * g.Hkv * plan.items),
+                                  THREADS, bytes, stream, g, rows, queries, plan, places.counters, places.row_counters,
+                                  places.partials);
+}
+
+} // namespace
+
+lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
+                             cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B || !g.Hkv) return LOLA_OK;
   int device = 0;
@@ -830,8 +1093,24 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, 
   decode_plan plan = {};
   lola_status status = plan_step(g, &plan, &device, &limits, message);
   if (status) return status;
-  plan.awaits = !updated;
-  const launch_arguments a = {segment, plan, places_in(scratch, g), is_long(sizes_of(g)), stream};
+  plan.awaits = !updates;
+  const scratch_places places = places_in(scratch, g);
+  if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
+  if (updates) {
+    if (!status) status = lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
+    lola_device_segment scanned = g;
+    scanned.spans_are_old = !plan.small;
+    if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);
+    if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
+  }
+  if (status) return status;
+  if (plan.small)
+    return launched(
+        g.dtype == LOLA_FLOAT16
+            ? launch_small_kernel<decode_small_kernel<__half>>(g, rows, plan, places, device, stream)
+            : launch_small_kernel<decode_small_kernel<__nv_bfloat16>>(g, rows, plan, places, device, stream),
+        "decode", message);
+  const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
                                                       : launch_items<__nv_bfloat16>(a, device);

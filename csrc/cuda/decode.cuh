@@ -42,6 +42,7 @@ struct decode_plan {
   int key_pieces, value_pieces;       /* of one key, of one value, the last filled up with zeros */
   int columns;                        /* Dv rounded up to whole pieces */
   int64_t window_tiles, sparse_tiles; /* per KV head; per set */
+  int sets;                           /* per KV head */
   int state_parts;                    /* of a query head's state */
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
   int64_t items;  /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
@@ -54,7 +55,8 @@ struct decode_plan {
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */
   int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
-  int awaits;                      /* the pipeline follows its queries at once, which may still be under way */
+  int awaits;                      /* no update's kernels come before the main one */
+  int small;                       /* a unit a block, and no kernel for queries */
   int gathers; /* it reads pairs that enter the sparse cache from the window ring, and commits them to their slots */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
   int newest_at;
@@ -92,6 +94,27 @@ __device__ __forceinline__ void copy_or_zero(void *to, const void *from, bool th
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
+/* What a step reads once gives way in L2 first: instructions, parameters and partials stay. */
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/* copy_async and copy_or_zero of 16 bytes that are read once. */
+__device__ __forceinline__ void stream_async(void *to, const void *from, uint64_t policy) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "l"(policy)
+               : "memory");
+}
+
+__device__ __forceinline__ void stream_or_zero(void *to, const void *from, bool there, uint64_t policy) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(at), "l"(from),
+               "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /* Waits until at most PENDING of this thread's groups are under way. */
@@ -107,6 +130,21 @@ __device__ __forceinline__ void prefetch(const void *from, int64_t bytes) {
                  "r"(static_cast<unsigned>(bytes))
                  : "memory");
 #endif
+}
+
+/* The same of memory that is read once. */
+__device__ __forceinline__ void prefetch_once(const void *from, int64_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(static_cast<unsigned>(bytes)), "l"(read_once())
+                 : "memory");
+#endif
+}
+
+/* Asks for a line that is needed soon, wherever it lies; its page too. */
+__device__ __forceinline__ void touch(const void *at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
 }
 
 /* Adds one to a counter, ordered after all that the block wrote before its last barrier and before all that it reads

@@ -99,15 +99,15 @@ __device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, cons
   const int64_t group = u.group;
   if (u.kind == STATE_UNIT) {
     if (g.mixing != LOLA_MIXING_CACHE_ONLY)
-      prefetch(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
+      prefetch_once(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
     return;
   }
   const bool sparse = u.kind == SPARSE_UNIT;
   const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
-  const int64_t at = ((sparse ? group * (g.S / g.Hkv) + u.which : group) * slots + before) * ROW_BYTES;
+  const int64_t at = ((sparse ? group * plan.sets + u.which : group) * slots + before) * ROW_BYTES;
   const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
-  prefetch(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
-  prefetch(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+  prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+  prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
 }
 
 /* The first two units of every block's run if no row is updated, by all blocks of a kernel that has time for it. */
@@ -133,10 +133,10 @@ __device__ __forceinline__ int newest_of(const group_facts &facts, const work_un
 }
 
 /* The first slot of a (row, set) or (row, KV head). */
-__device__ __forceinline__ int64_t first_slot(const lola_device_segment &g, const group_facts &facts,
-                                              const work_unit &u) {
+__device__ __forceinline__ int64_t first_slot(const lola_device_segment &g, const decode_plan &plan,
+                                              const group_facts &facts, const work_unit &u) {
   const int64_t group = facts.group;
-  return u.kind == SPARSE_UNIT ? (group * (g.S / g.Hkv) + u.which) * g.L : group * g.R;
+  return u.kind == SPARSE_UNIT ? (group * plan.sets + u.which) * g.L : group * g.R;
 }
 
 __device__ __forceinline__ int slot_in(const lola_device_segment &g, const group_facts &facts, const work_unit &u,
@@ -183,13 +183,14 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16;
   const int count = pairs_of(facts, u), newest = newest_of(facts, u);
   if (warp * QUARTER >= count) return;
-  const int64_t first = first_slot(g, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
+  const int64_t first = first_slot(g, plan, facts, u), ring = static_cast<int64_t>(facts.group) * g.R;
   const char *const keys = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_keys : g.window_keys);
   const char *const values = static_cast<const char *>(u.kind == SPARSE_UNIT ? g.sparse_values : g.window_values);
   const int half = lane / 16;
   const int64_t first_at = first * ROW_BYTES + piece * PIECE, ring_at = ring * ROW_BYTES + piece * PIECE;
   const int slot = slot_in(g, facts, u, warp * QUARTER), slots = u.kind == SPARSE_UNIT ? g.L : static_cast<int>(g.R);
   const int newest_row = newest - warp * QUARTER;
+  const uint64_t once = read_once();
   if (!ENTERED && count >= (warp + 1) * QUARTER && slot + QUARTER <= slots &&
       (newest_row < 0 || newest_row >= QUARTER)) {
     /* The quarter is one run of memory, as most are. */
@@ -197,8 +198,8 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
     const char *const key = keys + at, *const value = values + at;
 #pragma unroll
     for (int i = 0; i < QUARTER / 2; i++) {
-      copy_async<16>(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES);
-      copy_async<16>(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES);
+      stream_async(quarter + key_place(half, piece) + i * 2 * ROW_BYTES, key + i * 2 * ROW_BYTES, once);
+      stream_async(quarter + value_place(2 * i, piece) + half * ROW_BYTES, value + i * 2 * ROW_BYTES, once);
     }
     return;
   }
@@ -220,8 +221,8 @@ __device__ __forceinline__ void ask_pairs(const lola_device_segment &g, const de
       at = ring_at + static_cast<int64_t>(entered[i]) * ROW_BYTES;
     }
     if (pair == newest) continue;
-    copy_or_zero(quarter + key_place(row, piece), key + at, there);
-    copy_or_zero(quarter + value_place(row, piece), value + at, there);
+    stream_or_zero(quarter + key_place(row, piece), key + at, there, once);
+    stream_or_zero(quarter + value_place(row, piece), value + at, there, once);
   }
   if (ENTERED || newest_row < 0 || newest_row >= QUARTER || newest_row % 2 != half) return;
   copy_newest(quarter + key_place(newest_row, piece),
@@ -257,7 +258,8 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
   *reinterpret_cast<uint4 *>(stage + REST_AT + query_place(head, piece)) = c.lo;
 }
 
-/* Asks for a unit and what its products have on the left; a warp for its quarter. */
+/* Asks for a unit and what its products have on the left, without `query_phi` all but the features; a warp for its
+ * quarter. */
 template <typename T>
 __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
                                          const group_facts &facts, const work_unit &u, bool gathers,
@@ -276,19 +278,20 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
   if (!(facts.folded >> u.which & 1)) return;
   const int64_t first = (static_cast<int64_t>(facts.group) * g.r + u.which) * g.F + u.tile * UNIT_PAIRS;
   const float *const from = g.hidden + (first + warp * QUARTER) * WIDE + lane * 4;
-  if (threadIdx.x < 32) { /* 16 pieces of features, as many of s */
+  if (threadIdx.x < 32 && (query_phi || lane >= 16)) { /* 16 pieces of features, as many of s */
     const float *const left = (lane < 16 ? query_phi : g.normalizer) + first + lane % 16 * 4;
     copy_async<16>(stage + (lane < 16 ? QUERIES_AT : REST_AT) + lane % 16 * PIECE, left);
   }
+  const uint64_t once = read_once();
 #pragma unroll
-  for (int i = 0; i < QUARTER; i++) copy_async<16>(quarter + (i * 32 + lane) * PIECE, from + i * WIDE);
+  for (int i = 0; i < QUARTER; i++) stream_async(quarter + (i * 32 + lane) * PIECE, from + i * WIDE, once);
 }
 
 /* Pairs that entered the sparse cache, from where their lanes copied them, into their slots. */
-__device__ __forceinline__ void keep_entered(const lola_device_segment &g, const group_facts &facts, const work_unit &u,
-                                             const char *quarter) {
+__device__ __forceinline__ void keep_entered(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, const work_unit &u, const char *quarter) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 16, count = pairs_of(facts, u);
-  const int64_t first = first_slot(g, facts, u);
+  const int64_t first = first_slot(g, plan, facts, u);
 #pragma unroll
   for (int i = 0; i < QUARTER / 2; i++) {
     const int row = 2 * i + lane / 16, pair = warp * QUARTER + row;
@@ -393,11 +396,12 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   }
 }
 
-/* N of this warp's quarter into its place, the four columns of a lane side by side; its part of z into `sums`. */
-__device__ __forceinline__ void recall_quarter(char *stage, float *sums) {
+/* N of this warp's quarter into its place, the four columns of a lane side by side; its part of z into `sums`. `phi`:
+ * the unit's features. */
+__device__ __forceinline__ void recall_quarter(char *stage, const float *phi, float *sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char *const quarter = stage + warp * QUARTER_BYTES;
-  const float *const phi = reinterpret_cast<const float *>(stage + QUERIES_AT) + warp * QUARTER;
+  phi += warp * QUARTER;
   const float *const s = reinterpret_cast<const float *>(stage + REST_AT) + warp * QUARTER;
   float n[4] = {0, 0, 0, 0};
 #pragma unroll

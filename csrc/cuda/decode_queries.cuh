@@ -229,11 +229,11 @@ __global__ void __launch_bounds__(THREADS, 4)
   const bool hedgehog = is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
-  if (step.pipeline) prefetch_first_units(g, step);
   if (block < 0) {
     lola_device_await_previous();
     lola_device_start_next();
     write_rows(g, rows, ordered);
+    if (step.pipeline) prefetch_first_units(g, step);
     return;
   }
   const auto look_up = [&] {
@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   } else {
     project<1, ROWS>(weights, D, M, plan, x, parts, stage);
   }
+  if (step.pipeline) prefetch_first_units(g, step); /* behind what this kernel itself waits for */
   if (hedgehog) {
     const int warp = threadIdx.x / 32;
 #pragma unroll 1

@@ -11,6 +11,7 @@
  * tiles (head, source, rows), and `resolve` says where each row of a tile comes from and goes to. */
 #include "cuda/chain.cuh"
 #include "cuda/device.cuh"
+#include "cuda/plan.cuh"
 #include "cuda/scan.cuh"
 #include "cuda/steps.cuh"
 
@@ -19,14 +20,16 @@ namespace {
 constexpr float FEATURE_FLOOR = 1e-12f;
 constexpr int TENSOR_THREADS = 256, PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8; /* at most */
 constexpr int RESERVED_SHARED = 8192;                                                /* for static shared memory */
-constexpr int KNOWN_ROWS = 512; /* cache rows whose need is looked up once per block */
+constexpr int KNOWN_ROWS = 1024; /* cache rows whose need is looked up once per block, if there are no more */
 
 enum source_kind { SLOTS, RING, KEYS, QUERIES, ARRAY };
 
 /* Tiles of one launch, in the order [head][source][cache row][rows]; queries, which have weights of their own, last. */
 struct feature_job {
   lola_device_segment g; /* of the plain step: D, F, Hq, map */
-  lola_array x;          /* the plain step's array */
+  call_rows spans_of;    /* what the spans are to be written from, if `writes_spans` */
+  int writes_spans;
+  lola_array x; /* the plain step's array */
   int64_t T, rows;
   int per_head; /* query heads per head of x */
   float *out;
@@ -35,7 +38,7 @@ struct feature_job {
   lola_dtype target;                  /* what is stored: bfloat16 or float32 */
   int sources[4], count;              /* kinds */
   int64_t row_tiles[4];               /* tiles per cache row (SLOTS, RING) or in all */
-  int64_t tiles, per_tile;            /* in all for one head; rows per tile */
+  int64_t tiles, per_tile;            /* in all for one head, if every cache row has work; rows per tile */
   int64_t query_tiles;                /* how many of one head's are queries */
   int projection;                     /* columns of xW, 0 without weights */
   int vector_q, vector_x, vector_out; /* 16-byte loads of queries and of all else, and stores, are possible */
@@ -50,21 +53,52 @@ __host__ __device__ bool takes_key_weights(const feature_job &job, int kind) {
   return kind == ARRAY ? job.side_key : kind != QUERIES;
 }
 
-__device__ feature_tile tile_at(const feature_job &job, int64_t index) {
+/* The cache rows that have work, in order; all of them where there are too many to look at. */
+struct row_list {
+  uint16_t rows[KNOWN_ROWS];
+  int count;
+  bool all;
+};
+
+/* Tiles of one head. */
+__device__ int64_t tiles_of(const feature_job &job, const row_list &list) {
+  int64_t tiles = 0;
+  for (int i = 0; i < job.count; i++)
+    tiles += job.row_tiles[i] * (job.sources[i] == SLOTS || job.sources[i] == RING ? list.count : 1);
+  return tiles;
+}
+
+/* Tiles of all heads, from `begin` up to `end`. */
+struct tile_run {
+  int64_t begin, end;
+};
+
+/* Those of the block where a head has so many. Of few tiles a warp takes one, and a block those of one head, so that it
+ * loads weights once. */
+__device__ tile_run run_of(const feature_job &job, int64_t tiles, int warps) {
+  const int64_t heads = job.g.Hq, total = tiles * heads, parts = (tiles + warps - 1) / warps; /* of a head */
+  if (parts * heads > gridDim.x) return {total * blockIdx.x / gridDim.x, total * (blockIdx.x + 1) / gridDim.x};
+  const int64_t head = blockIdx.x / parts, part = blockIdx.x % parts;
+  if (head >= heads) return {0, 0};
+  return {head * tiles + tiles * part / parts, head * tiles + tiles * (part + 1) / parts};
+}
+
+/* Tile `rest` of a head's. */
+__device__ feature_tile tile_at(const feature_job &job, const row_list &list, int head, int64_t rest) {
   feature_tile tile;
-  tile.head = static_cast<int>(index / job.tiles);
-  int64_t rest = index % job.tiles;
+  tile.head = head;
   tile.row = 0;
   for (int i = 0;; i++) {
     tile.kind = job.sources[i];
     bool by_row = tile.kind == SLOTS || tile.kind == RING;
-    int64_t tiles = by_row ? job.row_tiles[i] * job.g.B : job.row_tiles[i];
+    int64_t tiles = by_row ? job.row_tiles[i] * list.count : job.row_tiles[i];
     if (rest >= tiles && i + 1 < job.count) {
       rest -= tiles;
       continue;
     }
     if (by_row) {
-      tile.row = static_cast<int>(rest / job.row_tiles[i]);
+      const int place = static_cast<int>(rest / job.row_tiles[i]);
+      tile.row = list.all ? place : list.rows[place];
       rest %= job.row_tiles[i];
     }
     tile.first = rest * job.per_tile;
@@ -152,24 +186,47 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   return true;
 }
 
-/* Looks up once which cache rows need features (the first KNOWN_ROWS of them); false when no tile has work. */
-__device__ bool look_up_rows(const feature_job &job, uint8_t *folds) {
-  bool by_row = false, any = false;
-  for (int i = 0; i < job.count; i++) by_row |= job.sources[i] == SLOTS || job.sources[i] == RING;
-  if (!by_row) return true;
-  for (int row = threadIdx.x; row < job.g.B; row += blockDim.x) {
-    bool needed = folds_now(job.g, lola_device_segment_leaving(job.g, job.g.spans[row]));
-    if (row < KNOWN_ROWS) folds[row] = needed;
-    any |= needed;
-  }
-  if (__syncthreads_or(any)) return true;
-  for (int i = 0; i < job.count; i++)
-    if (job.sources[i] == QUERIES) return true;
-  return false;
+/* The spans of a decoding step. All blocks write the same, so that each can read them at once. */
+__device__ void write_spans(const feature_job &job) {
+  if (!job.writes_spans) return;
+  for (int row = threadIdx.x; row < job.g.B; row += blockDim.x)
+    job.g.spans[row] = span_of(job.g, job.spans_of, row, 0, 1);
+  __syncthreads();
 }
 
-__device__ bool skipped(const feature_tile &tile, const uint8_t *folds) {
-  return (tile.kind == SLOTS || tile.kind == RING) && tile.row < KNOWN_ROWS && !folds[tile.row];
+/* Looks up once which cache rows have work, so that blocks share out what there is; false when no tile has any. */
+__device__ bool list_rows(const feature_job &job, row_list *list) {
+  __shared__ int counts[32];
+  const int B = job.g.B, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  bool by_row = false, asks = false;
+  for (int i = 0; i < job.count; i++) {
+    by_row |= job.sources[i] == SLOTS || job.sources[i] == RING;
+    asks |= job.sources[i] == QUERIES;
+  }
+  const bool all = !by_row || B > KNOWN_ROWS;
+  int count = 0; /* of rows before `base` */
+  bool any = false;
+  for (int base = 0; by_row && base < B; base += blockDim.x) {
+    const int row = base + threadIdx.x;
+    const bool needed = row < B && folds_now(job.g, lola_device_segment_leaving(job.g, job.g.spans[row]));
+    any |= needed;
+    if (all) continue;
+    const unsigned bits = __ballot_sync(0xffffffffu, needed);
+    if (lane == 0) counts[warp] = __popc(bits);
+    __syncthreads();
+    int place = count + __popc(bits & ((1u << lane) - 1));
+    for (int w = 0; w < warps; w++) {
+      if (w < warp) place += counts[w];
+      count += counts[w];
+    }
+    if (needed) list->rows[place] = static_cast<uint16_t>(row);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    list->all = all;
+    list->count = all ? B : count;
+  }
+  return __syncthreads_or(any) || !by_row || asks;
 }
 
 /* --- 16-bit x on the matrix units ------------------------------------------------------------------------------- */
@@ -373,33 +430,35 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     tensor_kernel(const __grid_constant__ feature_job job) {
   constexpr int ROWS = tensor_tile<PRODUCTS>::ROWS;
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ uint8_t folds[KNOWN_ROWS];
+  __shared__ row_list list;
   const lola_device_segment &g = job.g;
   const int pitch = lola_padded(g.D, 64), M = job.projection;
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
-  const int64_t total = job.tiles * g.Hq, queries = job.tiles - job.query_tiles;
-  int64_t index = total * blockIdx.x / gridDim.x;
-  const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
-  /* Of the tile at `i`, and of those behind it up to the head's queries or their end. */
-  const auto asks_at = [&](int64_t i) { return i % job.tiles >= queries; };
-  const auto load_weights_at = [&](int64_t i) {
-    const float *w = !asks_at(i) && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
-    load_weights<PRODUCTS * 8>(w + i / job.tiles * g.D * M, g.D, M, pitch, hi, lo);
+  const auto load_weights_of = [&](int64_t head, bool asks) {
+    const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
+    load_weights<PRODUCTS * 8>(w + head * g.D * M, g.D, M, pitch, hi, lo);
   };
-  /* Weights are the caller's, and need not await what comes earlier in a call; in decoding few steps need them. */
+  /* Weights are the caller's, and need not await what comes earlier in a call: those of the block's first tile, if every
+   * row has work. In decoding few steps need any. */
+  const tile_run likely = run_of(job, job.tiles, warps);
+  const int64_t likely_head = likely.begin / job.tiles;
+  const bool likely_asks = likely.begin % job.tiles >= job.tiles - job.query_tiles;
   bool loaded = g.longest > 1;
-  if (loaded) load_weights_at(index);
+  if (loaded) load_weights_of(likely_head, likely_asks);
   lola_device_begin(job.beside);
-  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
+  write_spans(job);
+  if (!list_rows(job, &list)) return lola_device_end(job.beside);
   for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
   __syncwarp();
+  const int64_t tiles = tiles_of(job, list), queries = tiles - job.query_tiles;
+  auto [index, end] = run_of(job, tiles, warps);
   int hint = 0;
   while (index < end) {
-    const int head = static_cast<int>(index / job.tiles);
-    const bool asks = asks_at(index); /* the run is one of queries */
-    const int64_t run = min(end, head * job.tiles + (asks ? job.tiles : queries));
+    const int head = static_cast<int>(index / tiles);
+    const bool asks = index - head * tiles >= queries; /* the run is one of queries */
+    const int64_t run = min(end, head * tiles + (asks ? tiles : queries));
     const bool vector = asks ? job.vector_q : job.vector_x;
     /* This lane's row of the warp's next tile with work. */
     int64_t at = index + warp;
@@ -407,8 +466,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     char *to;
     const auto seek = [&] {
       for (; at < run; at += warps) {
-        const feature_tile tile = tile_at(job, at);
-        if (skipped(tile, folds)) continue;
+        const feature_tile tile = tile_at(job, list, head, at - head * tiles);
         lola_dtype unused;
         from = nullptr;
         to = nullptr;
@@ -425,8 +483,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
     lola_copy_commit();
     __syncthreads(); /* the last run's weights were read */
-    if (!loaded) {
-      load_weights_at(index);
+    if (!loaded || head != likely_head || asks != likely_asks) {
+      load_weights_of(head, asks);
       __syncthreads();
     }
     loaded = false;
@@ -509,19 +567,20 @@ __global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_co
   __shared__ const char *sources[PLAIN_ROWS];
   __shared__ char *targets[PLAIN_ROWS];
   __shared__ lola_dtype types[PLAIN_ROWS];
-  __shared__ uint8_t folds[KNOWN_ROWS];
+  __shared__ row_list list;
   const lola_device_segment &g = job.g;
   const lola_map_kind kind = g.map.kind;
   const int rows = static_cast<int>(job.per_tile), D = g.D, F = g.F, M = job.projection;
   float *x = reinterpret_cast<float *>(memory), *projection = x + static_cast<int64_t>(rows) * D;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = PLAIN_THREADS / 32;
   lola_device_begin(job.beside);
-  if (!look_up_rows(job, folds)) return lola_device_end(job.beside);
-  const int64_t total = job.tiles * g.Hq;
+  write_spans(job);
+  if (!list_rows(job, &list)) return lola_device_end(job.beside);
+  const int64_t tiles = tiles_of(job, list), total = tiles * g.Hq;
   int hint = 0;
   for (int64_t index = blockIdx.x; index < total; index += gridDim.x) {
-    const feature_tile tile = tile_at(job, index);
-    if (skipped(tile, folds)) continue;
+    const int head = static_cast<int>(index / tiles);
+    const feature_tile tile = tile_at(job, list, head, index - head * tiles);
     __syncthreads(); /* the last tile was read */
     bool needed = false;
     if (threadIdx.x < rows) {
@@ -702,9 +761,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   const int64_t total = job->tiles * g.Hq;
   if (!total) return LOLA_OK;
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
-  int blocks = static_cast<int>(total < most ? total : most);
-  /* Of few tiles a block takes those of one head, so that it loads weights once. */
-  if (warps && blocks > g.Hq && total <= most * warps) blocks -= blocks % g.Hq;
+  const int blocks = static_cast<int>(total < most ? total : most);
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)
                                     : launch_tensor_to<__half>(*job, blocks, warps, most_shared, stream, message);
@@ -721,10 +778,12 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
 
 } // namespace
 
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside, cudaStream_t stream,
-                                       lola_message *message) {
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
+                                       const call_rows *rows_of_call, cudaStream_t stream, lola_message *message) {
   feature_job job = {};
   job.g = *segment;
+  job.writes_spans = rows_of_call != nullptr;
+  if (rows_of_call) job.spans_of = *rows_of_call;
   lola_device_segment &g = job.g;
   if (g.stores_features) g.map.kind = LOLA_MAP_GIVEN;
   job.round = g.dtype != LOLA_FLOAT32;

@@ -1041,8 +1041,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     scan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ scan_plan plan, int record) {
   __shared__ block_shared shared;
   __shared__ select_shared select;
+  if (!record) lola_device_start_next();
   lola_device_await_previous();
-  lola_device_start_next();
+  if (record) lola_device_start_next();
   const int group = blockIdx.x / plan.group_blocks;
   if (threadIdx.x == 0) {
     scan_block block;

@@ -115,6 +115,26 @@ __device__ bool row_has_work(const lola_device_segment &g, int row, int record) 
   return leaving.end > leaving.first;
 }
 
+/* How many units a decoding step has, before the kernels before this one have ended; their spans are older than that. */
+template <int COUNT> __device__ int decoding_units(const lola_device_segment &g) {
+  int rows = 0;
+  for (int first = 0; first < g.B; first += COUNT) {
+    const int row = first + static_cast<int>(threadIdx.x);
+    bool busy = false;
+    if (row < g.B) {
+      lola_device_span span;
+      const int64_t *const from = reinterpret_cast<const int64_t *>(g.spans + row);
+      int64_t *const to = reinterpret_cast<int64_t *>(&span);
+#pragma unroll
+      for (unsigned i = 0; i < sizeof span / 8; i++) to[i] = __ldcg(from + i);
+      const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
+      busy = leaving.end > leaving.first;
+    }
+    rows += __syncthreads_count(busy);
+  }
+  return rows * g.S;
+}
+
 /* Calls walk(row, set) for the group's units, for a whole block of at least COUNT threads, which looks at COUNT rows at
  * a time; `rows` (COUNT,) and `row_count` (COUNT / 32,) are in shared memory. Units are numbered through all rows with
  * work; a group takes every groups-th. */

@@ -1185,9 +1185,11 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     scan_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
                       int record) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (!record) lola_device_start_next();
   cluster_shared &shared = shared_of(plan);
   const tables t = tables_of(plan);
   const int group = blockIdx.x / plan.blocks;
+  if (g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for who comes next */
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
   block.head = block.rank / plan.column_blocks;
@@ -1204,7 +1206,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     fence_barrier_init();
   }
   lola_device_await_previous();
-  lola_device_start_next();
+  if (record) lola_device_start_next();
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {

@@ -14,8 +14,8 @@
  * scratch take turns, and so do two copies of the cache's keys and values, of which commit reads one and writes the
  * other.
  *
- * Decoding (T = 1) runs decode.cu's `begin`, then features, scan and commit of the sparse cache, which return at once when
- * no row begins a chunk, then decode.cu's main kernel. */
+ * Decoding (T = 1) runs decode.cu's first kernel, then features, scan and, where its main kernel does not do that itself,
+ * commit of the sparse cache, which return at once when no row begins a chunk, then the main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH
 #define LOLA_CUDA_SEGMENT_CUH
 
@@ -72,6 +72,7 @@ typedef struct lola_device_segment {
   int64_t longest; /* tokens of a cache row, at most */
   int chunk_records; /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
+  int spans_are_old;       /* they were written two kernels before scan, or earlier */
   void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
   void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R */
   void *token_phi;         /* (tokens, Hq, F): phi(k) */
@@ -91,10 +92,11 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 /* --- launchers: one per step, each queues its kernels and returns the launch's status ------------------------------ */
 
 /* Of the cache: slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk);
- * of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. */
+ * of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows` (decoding, where nothing
+ * else does) it writes the spans first. */
 enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
-lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside, cudaStream_t stream,
-                                       lola_message *message);
+lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
+                                       const struct call_rows *rows, cudaStream_t stream, lola_message *message);
 /* Bytes of `exchange` for this cache on the current device. */
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
@@ -107,16 +109,12 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int bes
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. */
 lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* One token for each row that is not idle. `begin` writes spans and keeps phi(q); then comes the update, if any row may
- * have one (`updated`); `decode` writes the token into the ring, attends, advances tokens_seen and chunks. Before it
- * come commit_sparse's copies, but where it makes them itself. `scratch` of lola_cuda_decode_bytes, zeroed once, left
- * zeroed where it must be. */
+/* One token for each row that is not idle: attends, writes the token into the ring, advances tokens_seen and chunks;
+ * before that, where rows may have one (`updates`), comes the update. `scratch` of lola_cuda_decode_bytes, zeroed once,
+ * left zeroed where it must be. */
 int64_t lola_cuda_decode_bytes(const lola_cache *cache);
-int lola_cuda_decode_commits(const lola_device_segment *segment);
-lola_status lola_cuda_decode_begin(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
-                                   cudaStream_t stream, lola_message *message);
-lola_status lola_cuda_decode(const lola_device_segment *segment, void *scratch, int updated, cudaStream_t stream,
-                             lola_message *message);
+lola_status lola_cuda_decode(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
+                             int updates, cudaStream_t stream, lola_message *message);
 
 /* After a launch: its error, or else the last one, as a status that names the kernel. */
 static inline lola_status lola_cuda_launched(cudaError_t error, const char *kernel, lola_message *message) {
