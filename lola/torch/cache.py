@@ -53,7 +53,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self._calls: list[_Call] = []
         # The last call that had padding: where it begins and ends, its columns, and which of them were tokens.
         self._padded: tuple[int, int, int, Rows] = (0, 0, 0, Rows())
-        self._ahead: int | None = None  # `_columns_ahead`, once a CUDA graph was recorded
+        self._ahead: int | None = 0  # `_columns_ahead`; None: padding came since it was last counted
         self._home: torch.device | None = None  # where an offloaded memory comes from
 
     @property
@@ -103,8 +103,10 @@ class LolaCacheLayer(CacheLayerMixin):
             gate = None if factors is None else ops.gate_of(factors)
             if rows.starts is None and not self.record_past:  # nearly always
                 recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
-                if recorded and self._ahead is None:
-                    self._ahead = self._columns_ahead()
+                if self._ahead is None:
+                    if recorded:
+                        raise RuntimeError("after a call with padding, run a step before you record one in a CUDA graph")
+                    self._ahead = self._columns_ahead()  # waits for the device, once
                 out = ops.run(q, k, v, self.cache, None, made, gate=gate)
                 if not recorded:  # what a graph records is not read yet
                     self.seen += q.shape[1]
@@ -119,10 +121,8 @@ class LolaCacheLayer(CacheLayerMixin):
         if self._past is not None:
             self._calls.append(_Call(q, k, v, rows, attend))
         if rows.starts is not None:
-            self._padded = self.seen, self.seen + q.shape[1], q.shape[1], rows
+            self._padded, self._ahead = (self.seen, self.seen + q.shape[1], q.shape[1], rows), None
         self.seen += q.shape[1]
-        if self._ahead is not None:
-            self._ahead = self._columns_ahead()
         return out
 
     def sync(self) -> None:
@@ -162,12 +162,13 @@ class LolaCacheLayer(CacheLayerMixin):
         self._forget_past()
         if self.cache is not None:
             self.cache.reset()
-        self.seen, self._padded, self._ahead = 0, (0, 0, 0, Rows()), None if self._ahead is None else 0
+        self.seen, self._padded, self._ahead = 0, (0, 0, 0, Rows()), 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._forget_past()
         if self.cache is not None:
             self.cache.select_(beam_idx.cpu())
+        self._forget_longest()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.cache is not None:
@@ -178,6 +179,11 @@ class LolaCacheLayer(CacheLayerMixin):
             indices = torch.as_tensor(indices)
             rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
             self._set(self.cache.select(rows.cpu()))
+        self._forget_longest()
+
+    def _forget_longest(self) -> None:
+        if self._padded[3].starts is not None:  # else all rows are as long
+            self._ahead = None
 
     def activate_past_recording(self) -> None:
         """Speculative decoding begins: what is read from now on may be taken back by `crop`, across chunks too."""
@@ -224,8 +230,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self.seen += tokens_to_remove
         begin, end, columns, rows = self._padded
         self._padded = begin, min(end, max(begin, self.seen)), columns, rows
-        if self._ahead is not None:
-            self._ahead = self._columns_ahead()
+        self._ahead = self._columns_ahead()
 
     def _padding(self, calls: list[_Call], first: int) -> int:
         """How many columns from `first` on are padding, in a row; `calls` are the last ones."""
