@@ -9,6 +9,8 @@
  *
  * One routine serves the segment's scratch (slots, ring, tokens) and the step on plain arrays: a launch is a list of
  * tiles (head, source, rows), and `resolve` says where each row of a tile comes from and goes to. */
+#include <limits.h>
+
 #include "cuda/chain.cuh"
 #include "cuda/device.cuh"
 #include "cuda/plan.cuh"
@@ -37,9 +39,9 @@ struct feature_job {
   int beside;                         /* the launch does not await the one before it (chain.cuh) */
   lola_dtype target;                  /* what is stored: bfloat16 or float32 */
   int sources[4], count;              /* kinds */
-  int64_t row_tiles[4];               /* tiles per cache row (SLOTS, RING) or in all */
-  int64_t tiles, per_tile;            /* in all for one head, if every cache row has work; rows per tile */
-  int64_t query_tiles;                /* how many of one head's are queries */
+  int row_tiles[4];                   /* tiles per cache row (SLOTS, RING) or in all */
+  int tiles, per_tile;                /* in all for one head, if every cache row has work; rows per tile */
+  int query_tiles;                    /* how many of one head's are queries */
   int projection;                     /* columns of xW, 0 without weights */
   int vector_q, vector_x, vector_out; /* 16-byte loads of queries and of all else, and stores, are possible */
 };
@@ -61,47 +63,52 @@ struct row_list {
 };
 
 /* Tiles of one head. */
-__device__ int64_t tiles_of(const feature_job &job, const row_list &list) {
-  int64_t tiles = 0;
+__device__ int tiles_of(const feature_job &job, const row_list &list) {
+  int tiles = 0;
   for (int i = 0; i < job.count; i++)
     tiles += job.row_tiles[i] * (job.sources[i] == SLOTS || job.sources[i] == RING ? list.count : 1);
   return tiles;
 }
 
-/* Tiles of all heads, from `begin` up to `end`. */
+/* So many tiles from tile `first` of a head on, and then of the next heads. */
 struct tile_run {
-  int64_t begin, end;
+  int head, first, count;
 };
 
 /* Those of the block where a head has so many. Of few tiles a warp takes one, and a block those of one head, so that it
  * loads weights once. */
-__device__ tile_run run_of(const feature_job &job, int64_t tiles, int warps) {
-  const int64_t heads = job.g.Hq, total = tiles * heads, parts = (tiles + warps - 1) / warps; /* of a head */
-  if (parts * heads > gridDim.x) return {total * blockIdx.x / gridDim.x, total * (blockIdx.x + 1) / gridDim.x};
-  const int64_t head = blockIdx.x / parts, part = blockIdx.x % parts;
-  if (head >= heads) return {0, 0};
-  return {head * tiles + tiles * part / parts, head * tiles + tiles * (part + 1) / parts};
+__device__ tile_run run_of(const feature_job &job, int tiles, int warps) {
+  const int64_t heads = job.g.Hq, total = tiles * heads;
+  const unsigned parts = static_cast<unsigned>((tiles + warps - 1) / warps); /* of a head */
+  if (parts * heads > gridDim.x) {
+    const int64_t begin = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
+    return {static_cast<int>(begin / tiles), static_cast<int>(begin % tiles), static_cast<int>(end - begin)};
+  }
+  const unsigned head = blockIdx.x / parts, part = blockIdx.x % parts;
+  if (head >= heads) return {0, 0, 0};
+  const int first = static_cast<int>(tiles * part / parts), end = static_cast<int>(tiles * (part + 1) / parts);
+  return {static_cast<int>(head), first, end - first};
 }
 
 /* Tile `rest` of a head's. */
-__device__ feature_tile tile_at(const feature_job &job, const row_list &list, int head, int64_t rest) {
+__device__ feature_tile tile_at(const feature_job &job, const row_list &list, int head, int rest) {
   feature_tile tile;
   tile.head = head;
   tile.row = 0;
   for (int i = 0;; i++) {
     tile.kind = job.sources[i];
     bool by_row = tile.kind == SLOTS || tile.kind == RING;
-    int64_t tiles = by_row ? job.row_tiles[i] * list.count : job.row_tiles[i];
+    const int tiles = by_row ? job.row_tiles[i] * list.count : job.row_tiles[i];
     if (rest >= tiles && i + 1 < job.count) {
       rest -= tiles;
       continue;
     }
     if (by_row) {
-      const int place = static_cast<int>(rest / job.row_tiles[i]);
+      const int place = rest / job.row_tiles[i];
       tile.row = list.all ? place : list.rows[place];
       rest %= job.row_tiles[i];
     }
-    tile.first = rest * job.per_tile;
+    tile.first = static_cast<int64_t>(rest) * job.per_tile;
     return tile;
   }
 }
@@ -436,37 +443,39 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
   __nv_bfloat16 *hi = reinterpret_cast<__nv_bfloat16 *>(memory), *lo = hi + PRODUCTS * 8 * pitch;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = lane / 4, c = lane % 4;
   __nv_bfloat16 *x = lo + (PRODUCTS * 8 + ROWS * warp) * pitch;
-  const auto load_weights_of = [&](int64_t head, bool asks) {
+  const auto load_weights_of = [&](int head, bool asks) {
     const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
-    load_weights<PRODUCTS * 8>(w + head * g.D * M, g.D, M, pitch, hi, lo);
+    load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
   };
   /* Weights are the caller's, and need not await what comes earlier in a call: those of the block's first tile, if every
    * row has work. In decoding few steps need any. */
-  const tile_run likely = run_of(job, job.tiles, warps);
-  const int64_t likely_head = likely.begin / job.tiles;
-  const bool likely_asks = likely.begin % job.tiles >= job.tiles - job.query_tiles;
-  bool loaded = g.longest > 1;
-  if (loaded) load_weights_of(likely_head, likely_asks);
+  int loaded = -1; /* the head, twice, and one more for queries' */
+  if (g.longest > 1) {
+    const tile_run likely = run_of(job, job.tiles, warps);
+    const bool asks = likely.first >= job.tiles - job.query_tiles;
+    load_weights_of(likely.head, asks);
+    loaded = 2 * likely.head + asks;
+  }
   lola_device_begin(job.beside);
   write_spans(job);
   if (!list_rows(job, &list)) return lola_device_end(job.beside);
   for (int i = lane; g.D % 64 && i < ROWS * pitch; i += 32) x[i] = __float2bfloat16_rn(0); /* behind the rows' ends */
   __syncwarp();
-  const int64_t tiles = tiles_of(job, list), queries = tiles - job.query_tiles;
-  auto [index, end] = run_of(job, tiles, warps);
+  const int tiles = tiles_of(job, list), queries = tiles - job.query_tiles;
+  tile_run run = run_of(job, tiles, warps);
   int hint = 0;
-  while (index < end) {
-    const int head = static_cast<int>(index / tiles);
-    const bool asks = index - head * tiles >= queries; /* the run is one of queries */
-    const int64_t run = min(end, head * tiles + (asks ? tiles : queries));
+  while (run.count > 0) {
+    const int head = run.head;
+    const bool asks = run.first >= queries; /* and so are all up to `stop` */
+    const int stop = min(run.first + run.count, asks ? tiles : queries);
     const bool vector = asks ? job.vector_q : job.vector_x;
     /* This lane's row of the warp's next tile with work. */
-    int64_t at = index + warp;
+    int at = run.first + warp;
     const char *from;
     char *to;
     const auto seek = [&] {
-      for (; at < run; at += warps) {
-        const feature_tile tile = tile_at(job, list, head, at - head * tiles);
+      for (; at < stop; at += warps) {
+        const feature_tile tile = tile_at(job, list, head, at);
         lola_dtype unused;
         from = nullptr;
         to = nullptr;
@@ -483,11 +492,11 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
     lola_copy_commit();
     __syncthreads(); /* the last run's weights were read */
-    if (!loaded || head != likely_head || asks != likely_asks) {
+    if (loaded != 2 * head + asks) {
       load_weights_of(head, asks);
+      loaded = 2 * head + asks;
       __syncthreads();
     }
-    loaded = false;
     while (more) {
       char *const now = to;
       more = seek();
@@ -507,7 +516,9 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
           finish_row<Out>(job, acc[m], half, M, c, row);
         }
     }
-    index = run;
+    run.count -= stop - run.first;
+    run.first = stop < tiles ? stop : 0;
+    run.head += stop == tiles;
   }
   lola_device_end(job.beside);
 }
@@ -576,11 +587,12 @@ __global__ void __launch_bounds__(PLAIN_THREADS, 3) plain_kernel(const __grid_co
   lola_device_begin(job.beside);
   write_spans(job);
   if (!list_rows(job, &list)) return lola_device_end(job.beside);
-  const int64_t tiles = tiles_of(job, list), total = tiles * g.Hq;
+  const int tiles = tiles_of(job, list);
+  const int64_t total = static_cast<int64_t>(tiles) * g.Hq;
   int hint = 0;
   for (int64_t index = blockIdx.x; index < total; index += gridDim.x) {
     const int head = static_cast<int>(index / tiles);
-    const feature_tile tile = tile_at(job, list, head, index - head * tiles);
+    const feature_tile tile = tile_at(job, list, head, static_cast<int>(index - static_cast<int64_t>(head) * tiles));
     __syncthreads(); /* the last tile was read */
     bool needed = false;
     if (threadIdx.x < rows) {
@@ -750,15 +762,19 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
                        "head_dim %d and feature_dim %d are too large for this device's feature maps: pass features",
                        g.D, g.F);
   }
-  job->per_tile = per_tile;
-  job->tiles = job->query_tiles = 0;
+  job->per_tile = static_cast<int>(per_tile);
+  job->query_tiles = 0;
+  int64_t tiles = 0;
   for (int i = 0; i < job->count; i++) {
     const bool by_row = job->sources[i] == SLOTS || job->sources[i] == RING;
-    job->row_tiles[i] = (rows[i] + per_tile - 1) / per_tile;
-    job->tiles += by_row ? job->row_tiles[i] * g.B : job->row_tiles[i];
+    const int64_t row_tiles = (rows[i] + per_tile - 1) / per_tile;
+    tiles += by_row ? row_tiles * g.B : row_tiles;
+    job->row_tiles[i] = static_cast<int>(row_tiles);
     if (job->sources[i] == QUERIES) job->query_tiles = job->row_tiles[i];
   }
-  const int64_t total = job->tiles * g.Hq;
+  if (tiles * g.Hq > INT_MAX / 2) return lola_fail(message, LOLA_VALUE_ERROR, "too many rows in one call: pass fewer at a time");
+  job->tiles = static_cast<int>(tiles);
+  const int64_t total = tiles * g.Hq;
   if (!total) return LOLA_OK;
   const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
   const int blocks = static_cast<int>(total < most ? total : most);

@@ -29,8 +29,6 @@ namespace {
 namespace wgmma_scan {
 
 constexpr int WALKERS = 384, WARPS = WALKERS / 32, HELPERS = 128, THREADS = WALKERS + HELPERS;
-constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8, WALKER_REGISTERS = 136, HELPER_REGISTERS = 104;
-static_assert(WALKERS * WALKER_REGISTERS + HELPERS * HELPER_REGISTERS <= THREADS * LAUNCH_REGISTERS);
 constexpr int COLUMNS = 64; /* of H, to a block */
 constexpr int TILE = 64;    /* rows */
 constexpr int ROW = 128;    /* bytes of a row in a panel */
@@ -565,10 +563,7 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
       multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2, right, accumulate);
     });
     const bool more = tile + TURN < tiles;
-    if (more) {
-      meet_newcomers(tile + TURN);
-      find_values(t, first_row(tile + TURN) + own_row, &values);
-    }
+    if (more) meet_newcomers(tile + TURN);
     const uint32_t at = shared_address(wgmma_memory) + plan.parts + (block.rank * plan.rows + first + own_row) * 4;
     wgmma_wait<0>();
     pin(acc);
@@ -583,7 +578,9 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
 #pragma unroll
       for (int half = 0; half < 2; half++) part[half] = error_of<T>(acc, half, z[half], 1.0f, values.v[half]);
     }
-    if (more) ask_values<T>(columns, &values); /* on their way while the tile is multiplied */
+    if (more)
+      find_values(t, first_row(tile + TURN) + own_row, &values),
+          ask_values<T>(columns, &values); /* on their way while the tile is multiplied */
     /* Over the quad; lanes 0 and 2 then have the one row, 1 and 3 the other. */
     float sum = (c % 2 ? part[1] : part[0]) + __shfl_xor_sync(ALL, c % 2 ? part[0] : part[1], 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
@@ -1210,11 +1207,9 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {
-    give_registers<HELPER_REGISTERS>();
     for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count,
                                 [&](int row, int set) { help_unit<T>(g, plan, block, shared, t, row, set, record); });
   } else {
-    take_registers<WALKER_REGISTERS>();
     cluster_turns turns = {};
     for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
       walk_unit<T>(g, plan, block, shared, t, &turns, row, set, record);
