@@ -29,9 +29,16 @@ PEER_STEPS = 16      # in a round; LoLA's is a chunk, one update
 BUDGET = 30          # seconds for a group of runs that take turns
 
 
-@torch.inference_mode()
 def measure(backend, report: Report, geometry: Geometry, size: Llama):
-    models, where = Models(backend, geometry, size), f"{size.layers} layers of width {size.width}, MLP {size.inner}, {geometry}"
+    # Outside of inference mode, as models are loaded: what is made of parameters that count no writes is never kept.
+    with torch.no_grad():
+        models = Models(backend, geometry, size)
+    with torch.inference_mode():
+        _measure(backend, report, models, geometry, size)
+
+
+def _measure(backend, report: Report, models: Models, geometry: Geometry, size: Llama):
+    where = f"{size.layers} layers of width {size.width}, MLP {size.inner}, {geometry}"
     print(f"\n {where}")
     report.checked(models.checks())
     _card(backend, report, models, where)

@@ -277,7 +277,6 @@ struct cluster_turns {
 /* What there is to do when a chunk begins. */
 struct chunk_work {
   bool updates, selects; /* pairs leave the window; some of them or of the slots are dropped */
-  bool recalls;          /* tokens of the chunk before wait for phi(q)^T H */
 };
 
 /* Where the pair `code` lies: its phi (0) or its values (1). */
@@ -1052,9 +1051,12 @@ __device__ __forceinline__ chunk_work work_of(const lola_device_segment &g, cons
   chunk_work work;
   work.updates = uniform(chunk <= unit.last && chunk > unit.span.updated && lola_device_leaving_first(g, chunk) >= 0);
   work.selects = work.updates && uniform(progress.count + g.C > g.L);
-  work.recalls =
-      uniform(progress.recall_first < progress.recall_end && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY);
   return work;
+}
+
+/* Whether tokens of the chunk before wait for phi(q)^T H. The helper. */
+__device__ __forceinline__ bool recalls(const lola_device_segment &g, const cluster_progress &progress) {
+  return uniform(progress.recall_first < progress.recall_end && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY);
 }
 
 /* What the chunk has changed, when it is over. */
@@ -1096,7 +1098,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
     }
     /* The chunk before still sees these tables and this state. */
     if (chunk > first && record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
-    if (work.recalls)
+    if (recalls(g, progress))
       recall_tokens<T>(g, plan, block, unit, progress, &queries);
     else
       recall_nothing(g, block, unit, progress);
@@ -1105,7 +1107,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
     advance(g, unit, work, chunk, record, &progress);
     work = work_of(g, unit, progress, chunk + 1);
     queries = {};
-    if (work.recalls) ask_queries<T>(g, unit, progress.recall_first, progress.recall_end, &queries);
+    if (recalls(g, progress)) ask_queries<T>(g, unit, progress.recall_first, progress.recall_end, &queries);
     ask_newcomers<T>(g, block, unit, chunk + 1, 0, work.updates, &pieces);
   }
   cluster_arrive();

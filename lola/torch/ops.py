@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -292,7 +293,13 @@ class _Derive:
     def remember(self, value: Any, make: Callable, name: str, *tensors: Tensor) -> Any:
         key = (make, name, *map(id, tensors))
         versions = _versions(tensors)
-        if versions is not None:
+        if versions is None:
+            warnings.warn(
+                "parameters that were made under torch.inference_mode() count no writes, so LoLA reads its feature maps and gates from "
+                "them again in every call, which is slow: make or load the model outside of it",
+                stacklevel=2,
+            )
+        else:
             self.kept[key] = ([weakref.ref(x, lambda _: self.kept.pop(key, None)) for x in tensors], versions, value)
         return value
 

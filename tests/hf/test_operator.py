@@ -87,6 +87,16 @@ def test_inference_mode(data):
         assert torch.equal(attention(q + 0, k, v, config=CONFIG, feature_map=fmap, gate=gate), wanted)
 
 
+def test_parameters_of_inference_mode():
+    """They count no writes, so nothing that is made of them is kept; and it says so, since that is slow."""
+    with torch.inference_mode():
+        factors = torch.zeros(1, 4, 1, 1)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="outside of it"):
+                assert torch.equal(ops.gate_of(factors), factors.sigmoid().flatten())
+            factors += 1
+
+
 def test_traced_with_a_cache(data, backend):
     """Prefill, single steps and padded rows in graphs without a break, and eager calls between them, on one memory."""
     q, k, v, fmap, gate = data
