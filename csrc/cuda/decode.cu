@@ -147,6 +147,26 @@ __device__ __forceinline__ int tiles_of(const decode_plan &plan, int64_t n) {
   return static_cast<int>(divided(static_cast<unsigned>(n + plan.pairs - 1), plan.by_pairs));
 }
 
+/* Adds N tiles to a warp's sums `o` of four columns a lane, which have maximum `high` and sum `sum`: lane t has the tile's own
+ * two, (-inf, 0) where there is none. */
+template <int N>
+__device__ __forceinline__ void add_tiles(float2 pair, const float4 (&x)[N], float *high, float *sum, float (&o)[4]) {
+  const float higher = fmaxf(*high, warp_max(pair.x));
+  const float before = weight_below(*high, higher), share = weight_below(pair.x, higher);
+  *high = higher;
+  *sum = fmaf(before, *sum, warp_sum(share * pair.y));
+#pragma unroll
+  for (int e = 0; e < 4; e++) o[e] *= before;
+#pragma unroll
+  for (int t = 0; t < N; t++) {
+    const float w = __shfl_sync(ALL, share, t);
+    o[0] = fmaf(w, x[t].x, o[0]);
+    o[1] = fmaf(w, x[t].y, o[1]);
+    o[2] = fmaf(w, x[t].z, o[2]);
+    o[3] = fmaf(w, x[t].w, o[3]);
+  }
+}
+
 /* One warp a query head, four columns a lane; tiles in order, window first, then the state. Everything is asked for
  * before anything is used, up to MERGE tiles at a time. The output is that of token `first` of batch row `batch`;
  * `count_of` says how many sparse pairs a query head of the group sees. */
@@ -198,20 +218,7 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
         const int at = (done + lane) * stride + (done + lane < window_tiles ? 0 : gap) + plan.columns;
         float2 pair = make_float2(-INFINITY, 0);
         if (lane < left) pair = __ldcg(reinterpret_cast<const float2 *>(own + at));
-        const float higher = fmaxf(high, warp_max(pair.x));
-        const float before = weight_below(high, higher), share = weight_below(pair.x, higher);
-        high = higher;
-        sum = fmaf(before, sum, warp_sum(share * pair.y));
-#pragma unroll
-        for (int e = 0; e < 4; e++) o[e] *= before;
-#pragma unroll
-        for (int t = 0; t < MERGE; t++) {
-          const float w = __shfl_sync(ALL, share, t);
-          o[0] = fmaf(w, x[t].x, o[0]);
-          o[1] = fmaf(w, x[t].y, o[1]);
-          o[2] = fmaf(w, x[t].z, o[2]);
-          o[3] = fmaf(w, x[t].w, o[3]);
-        }
+        add_tiles(pair, x, &high, &sum, o);
       }
       const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
 #pragma unroll
@@ -269,20 +276,7 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
         y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
         part_z[part] = __ldcg(state + part * stride + plan.columns);
       }
-      const float higher = fmaxf(high, warp_max(pair.x));
-      const float before = weight_below(high, higher), share = weight_below(pair.x, higher);
-      high = higher;
-      sum = fmaf(before, sum, warp_sum(share * pair.y));
-#pragma unroll
-      for (int e = 0; e < 4; e++) o[e] *= before;
-#pragma unroll
-      for (int t = 0; t < MERGE; t++) {
-        const float w = __shfl_sync(ALL, share, t);
-        o[0] = fmaf(w, x[t].x, o[0]);
-        o[1] = fmaf(w, x[t].y, o[1]);
-        o[2] = fmaf(w, x[t].z, o[2]);
-        o[3] = fmaf(w, x[t].w, o[3]);
-      }
+      add_tiles(pair, x, &high, &sum, o);
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         z += part_z[part];
