@@ -147,8 +147,8 @@ __device__ __forceinline__ int tiles_of(const decode_plan &plan, int64_t n) {
   return static_cast<int>(divided(static_cast<unsigned>(n + plan.pairs - 1), plan.by_pairs));
 }
 
-/* Adds N tiles to a warp's sums `o` of four columns a lane, which have maximum `high` and sum `sum`: lane t has the tile's own
- * two, (-inf, 0) where there is none. */
+/* Adds N tiles to a warp's sums `o` of four columns a lane, which have maximum `high` and sum `sum`: lane t has the
+ * tile's own two, (-inf, 0) where there is none. */
 template <int N>
 __device__ __forceinline__ void add_tiles(float2 pair, const float4 (&x)[N], float *high, float *sum, float (&o)[4]) {
   const float higher = fmaxf(*high, warp_max(pair.x));
@@ -1091,7 +1091,9 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const scratch_places places = places_in(scratch, g);
   if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
-    if (!status) status = lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
+    if (!status)
+      status =
+          lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
     lola_device_segment scanned = g;
     scanned.spans_are_old = !plan.small;
     if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);

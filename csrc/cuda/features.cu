@@ -447,8 +447,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     const float *w = !asks && takes_key_weights(job, job.sources[0]) ? g.map.w_k : g.map.w_q;
     load_weights<PRODUCTS * 8>(w + static_cast<int64_t>(head) * g.D * M, g.D, M, pitch, hi, lo);
   };
-  /* Weights are the caller's, and need not await what comes earlier in a call: those of the block's first tile, if every
-   * row has work. In decoding few steps need any. */
+  /* Weights are the caller's, and need not await what comes earlier in a call: those of the block's first tile, if
+   * every row has work. In decoding few steps need any. */
   int loaded = -1; /* the head, twice, and one more for queries' */
   if (g.longest > 1) {
     const tile_run likely = run_of(job, job.tiles, warps);
@@ -772,7 +772,8 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
     job->row_tiles[i] = static_cast<int>(row_tiles);
     if (job->sources[i] == QUERIES) job->query_tiles = job->row_tiles[i];
   }
-  if (tiles * g.Hq > INT_MAX / 2) return lola_fail(message, LOLA_VALUE_ERROR, "too many rows in one call: pass fewer at a time");
+  if (tiles * g.Hq > INT_MAX / 2)
+    return lola_fail(message, LOLA_VALUE_ERROR, "too many rows in one call: pass fewer at a time");
   job->tiles = static_cast<int>(tiles);
   const int64_t total = tiles * g.Hq;
   if (!total) return LOLA_OK;

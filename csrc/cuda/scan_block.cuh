@@ -115,7 +115,8 @@ __device__ bool row_has_work(const lola_device_segment &g, int row, int record) 
   return leaving.end > leaving.first;
 }
 
-/* How many units a decoding step has, before the kernels before this one have ended; their spans are older than that. */
+/* How many units a decoding step has, before the kernels before this one have ended; their spans are older than that.
+ */
 template <int COUNT> __device__ int decoding_units(const lola_device_segment &g) {
   int rows = 0;
   for (int first = 0; first < g.B; first += COUNT) {

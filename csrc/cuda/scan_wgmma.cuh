@@ -416,24 +416,30 @@ __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i
   }
 }
 
+/* Calls visit(i, e, place) for each element h[i][e] that is one of H's, with its place among the head's F x Dv. */
+template <typename T, class Visit>
+__device__ __forceinline__ void for_each_hidden(const lola_device_segment &g, const block_place &block, Visit visit) {
+  const int c = own_thread() % 4, first = block.column_block * COLUMNS;
+  if (!has_state<T>()) return;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2 + e;
+        if (row < g.F && column < g.Dv) visit(i, 2 * half + e, static_cast<int64_t>(row) * g.Dv + column);
+      }
+}
+
+/* h is zero before. */
 template <typename T>
 __device__ void load_state(const lola_device_segment &g, const cluster_plan &plan, const block_place &block,
                            const scan_unit &unit, const tables &t, hidden_part *h) {
   const int64_t at = static_cast<int64_t>(unit.row) * g.Hq + unit.head;
   const float *H = g.hidden + at * g.F * g.Dv, *s = g.normalizer + at * g.F;
-  const int c = own_thread() % 4, first = block.column_block * COLUMNS;
-  if (has_state<T>()) {
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2 + e;
-          (*h)[i][2 * half + e] = row < g.F && column < g.Dv ? H[static_cast<int64_t>(row) * g.Dv + column] : 0;
-        }
-    store_halves(plan, *h);
-  }
+  for_each_hidden<T>(g, block, [&](int i, int e, int64_t place) { (*h)[i][e] = H[place]; });
+  if (has_state<T>()) store_halves(plan, *h);
   for (int i = own_thread(); i < 32 * T::panels; i += WALKERS) {
     const float x = 2 * i < g.F ? s[2 * i] : 0, y = 2 * i + 1 < g.F ? s[2 * i + 1] : 0;
     t.normalizer[2 * i] = x;
@@ -447,17 +453,7 @@ __device__ void store_state(const lola_device_segment &g, const block_place &blo
                             const tables &t, const hidden_part &h) {
   const int64_t at = static_cast<int64_t>(unit.row) * g.Hq + unit.head;
   float *H = g.hidden + at * g.F * g.Dv, *s = g.normalizer + at * g.F;
-  const int c = own_thread() % 4, first = block.column_block * COLUMNS;
-  if (has_state<T>())
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2 + e;
-          if (row < g.F && column < g.Dv) H[static_cast<int64_t>(row) * g.Dv + column] = h[i][2 * half + e];
-        }
+  for_each_hidden<T>(g, block, [&](int i, int e, int64_t place) { H[place] = h[i][e]; });
   for (int f = own_thread(); !block.column_block && f < g.F; f += WALKERS) s[f] = t.normalizer[f];
 }
 
