@@ -1,5 +1,6 @@
 /* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
- * spans and phi(q) (decode_queries.cuh), then everything else. A small batch does without the first (below).
+ * spans and phi(q) (decode_queries.cuh), then everything else. A small batch goes through one of its own
+ * (decode_small.cuh).
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
@@ -15,6 +16,7 @@
 #include "decode_matrix.cuh"
 #include "decode_pipeline.cuh"
 #include "decode_queries.cuh"
+#include "decode_small.cuh"
 #include "decode_state.cuh"
 
 namespace {
@@ -691,130 +693,6 @@ __global__ void __launch_bounds__(THREADS, 3)
   }
 }
 
-/* --- a unit a block, and no kernel before it -------------------------------------------------------- */
-
-/* As facts_of, from the cache and the call themselves. */
-__device__ __forceinline__ group_facts own_facts(const lola_device_segment &g, const call_rows &rows,
-                                                 const decode_plan &plan, unsigned group, bool *updated) {
-  group_facts f = {};
-  const int row = static_cast<int>(divided(group, plan.by_kv_heads)), sets = plan.sets;
-  f.kv_head = static_cast<int>(group) - row * g.Hkv;
-  f.group = group;
-  const int64_t position = __ldcg(g.tokens_seen + row), last_update = __ldcg(g.chunks + row);
-#pragma unroll
-  for (int i = 0; i < MATRIX_HEADS; i++) {
-    if (i < sets && g.L)
-      f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(group) * sets + i));
-    if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(group) * g.r + i))
-      f.folded |= 1u << i;
-  }
-  int64_t start, stop;
-  row_range(rows, row, &start, &stop);
-  const row_window window = window_of(g, plan, position);
-  f.of.batch = rows.cu_seqlens.data ? 0 : row;
-  f.of.first = start;
-  f.of.position = position;
-  f.of.chunk = window.chunk;
-  f.of.row = stop > start ? row : -1;
-  f.of.ring_slot = static_cast<int>(position - divided(position, plan.by_R, window.small) * g.R);
-  f.of.window_pairs = static_cast<int>(window.pairs);
-  f.of.window_slot = static_cast<int>(window.first - divided(window.first, plan.by_R, window.small) * g.R);
-  const int64_t leaves = lola_device_leaving_first(g, last_update + 1);
-  *updated = stop > start && window.first > max(leaves, INT64_C(0));
-  return f;
-}
-
-/* For batches so small that every unit has a block which runs at once: then a step takes as long as what waits for one
- * another in it, and a kernel of its own for phi(q) would be one more. So a block looks its row up itself, and those of
- * a state compute phi(q), as decode_queries_kernel does. The rows' spans, for the update, are features' to write. */
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 3)
-    decode_small_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                        const __grid_constant__ query_plan queries, const __grid_constant__ decode_plan plan,
-                        unsigned *counters, unsigned *row_counters, float *scratch) {
-  extern __shared__ __align__(16) char shared[]; /* a stage, then what the projection takes */
-  __shared__ group_facts facts;
-  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
-  __shared__ int is_updated, last;
-  lola_device_start_next();
-  const work_unit u = unit_at(plan, blockIdx.x, 0);
-  const unsigned group = static_cast<unsigned>(u.group);
-  const int row = static_cast<int>(divided(group, plan.by_kv_heads)),
-            head = (static_cast<int>(group) - row * g.Hkv) * g.r + u.which, M = g.F / 2;
-  const bool is_state = u.kind == STATE_UNIT;
-  float *const parts = reinterpret_cast<float *>(shared + STAGE_BYTES), *const x = parts + queries.x_at,
-               *const kept = parts + queries.phi_at, *const phi = kept + g.F;
-  if (threadIdx.x == THREADS - 1) prefetch_unit(g, plan, blockIdx.x);
-  if (threadIdx.x == 0) {
-    if (g.gate) touch(g.gate + (static_cast<int>(group) - row * g.Hkv) * g.r);
-    touch(scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4));
-    touch(counters + group);
-  }
-  const auto look_up = [&] {
-    /* With an update's kernels between, this one has not begun before all that came before them has ended. */
-    if (plan.awaits) lola_device_await_previous();
-    if (threadIdx.x == THREADS - 1) {
-      bool updated;
-      facts = own_facts(g, rows, plan, group, &updated);
-      if (updated) {
-        lola_device_await_previous();
-        facts = own_facts(g, rows, plan, group, &updated);
-      }
-      is_updated = updated;
-    }
-  };
-  const auto stage_query = [&] {
-    look_up();
-    int64_t start, stop;
-    row_range(rows, row, &start, &stop);
-    const char *const q = lola_device_at(g.q, rows.cu_seqlens.data ? 0 : row, start, head);
-    if (stop <= start) return;
-    if (queries.query_vector) {
-      float eight[8];
-      if (threadIdx.x < WIDE / 8) {
-        load_eight(q, threadIdx.x, g.q.dtype, eight);
-        store_floats<8>(x + threadIdx.x * 8, eight);
-      }
-    } else {
-      x[threadIdx.x] = lola_device_load(q, threadIdx.x, g.q.dtype);
-    }
-  };
-  if (is_state && g.mixing != LOLA_MIXING_CACHE_ONLY)
-    project<4, 1>(g.map.w_q + static_cast<int64_t>(head) * WIDE * M, WIDE, M, queries, x, parts, stage_query);
-  else
-    look_up();
-  __syncthreads();
-  if (is_updated) lola_device_await_previous(); /* every thread that reads what the update wrote */
-  work_unit own = u;
-  own.group = 0;
-  const bool gathers = is_updated && plan.gathers;
-  float *const partials = scratch + static_cast<int64_t>(group) * g.r * plan.slots * (plan.columns + 4);
-  if (facts.of.row >= 0) {
-    ask_unit<T>(g, plan, facts, own, gathers, nullptr, shared);
-    copies_end_group();
-    if (is_state && threadIdx.x < 32 && facts.folded >> u.which & 1)
-      exponentials(queries, parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, true, kept, phi);
-    copies_wait<0>();
-    __syncthreads();
-    work_on_unit<T>(g, plan, facts, own, gathers, shared, phi + u.tile * UNIT_PAIRS, sums, partials);
-    __syncthreads(); /* the partial is written */
-    if (threadIdx.x == 0) {
-      last = arrive(&counters[group]) == static_cast<unsigned>(plan.items) - 1;
-      if (last) counters[group] = 0;
-    }
-    __syncthreads();
-    if (last) {
-      finish_group(g, plan, facts, true, partials);
-      /* Every block of the row has looked its counters up when the last of its KV heads is done. */
-      if (threadIdx.x == 0 && arrive(&row_counters[row]) == static_cast<unsigned>(g.Hkv) - 1) {
-        row_counters[row] = 0;
-        advance(g, facts.of);
-      }
-    }
-  }
-  lola_device_await_previous(); /* so that whoever awaits this kernel awaits all before it */
-}
-
 /* --- the launches ----------------------------------------------------------------------------------- */
 
 constexpr int DEVICES = 64;
@@ -942,6 +820,74 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
 /* Whether the weights of queries can be read 16 bytes at a time. */
 bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0; }
 
+/* The launch of decode_small_kernel; `attributes` must live as long as it. */
+template <typename T>
+cudaLaunchConfig_t small_launch(const lola_device_segment &g, const small_plan &plan, cudaStream_t stream,
+                                cudaLaunchAttribute (&attributes)[2]) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(plan.blocks);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(g.Hkv), static_cast<unsigned>(g.B));
+  config.blockDim = dim3(SMALL_THREADS);
+  config.dynamicSmemBytes = static_cast<size_t>(small_bytes(plan, g.r));
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs =
+      1 + lola_cuda_chain_attribute(reinterpret_cast<const void *>(decode_small_kernel<T>), &attributes[1]);
+  return config;
+}
+
+/* How many blocks a cluster of decode_small_kernel may have, 0 where it does not run. Asked for once per device. */
+template <typename T> int widest_cluster(int device) {
+  enum { PORTABLE = 8, WIDEST = 16, UNKNOWN = -1 };
+  static std::atomic<int> known[DEVICES]; /* and 1 more */
+  int widest = device < DEVICES ? known[device].load(std::memory_order_relaxed) - 1 : UNKNOWN;
+  if (widest != UNKNOWN) return widest;
+  const void *const kernel = reinterpret_cast<const void *>(decode_small_kernel<T>);
+  widest = 0;
+  if (lola_cuda_can_chain(kernel) && allow_shared<decode_small_kernel<T>>(MOST_SMALL_BYTES, device) == cudaSuccess) {
+    widest = PORTABLE;
+    lola_device_segment g = {};
+    g.B = g.Hkv = 1;
+    small_plan plan = {};
+    plan.blocks = WIDEST;
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = small_launch<T>(g, plan, nullptr, attributes);
+    config.dynamicSmemBytes = MOST_SMALL_BYTES;
+    int clusters = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0)
+      widest = WIDEST;
+  }
+  (void)cudaGetLastError();
+  if (device < DEVICES) known[device].store(widest + 1, std::memory_order_relaxed);
+  return widest;
+}
+
+/* Whether a step is so small that clusters of up to `widest` blocks take it, and their plan: a tile a block at a time
+ * where there are multiprocessors for it, else two. */
+bool plan_small(const lola_device_segment &g, const decode_plan &p, const device_limits &limits, int widest,
+                small_plan *plan) {
+  const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv, tiles = p.sparse_items + p.window_tiles;
+  if (widest <= g.r || g.B > 0xffff || g.Hkv > 0xffff) return false;
+  int64_t blocks = tiles;
+  if (groups * (g.r + blocks) > limits.processors) blocks = divided_up(tiles, TILES);
+  if (blocks > widest - g.r) blocks = widest - g.r;
+  if (groups * (g.r + blocks) > static_cast<int64_t>(SMALL_GRID) * limits.processors) return false;
+  plan->blocks = g.r + static_cast<int>(blocks);
+  plan->sets = g.L ? p.sets : 0;
+  plan->window_tiles = static_cast<int>(p.window_tiles);
+  plan->sparse_tiles = static_cast<int>(p.sparse_tiles);
+  plan->tiles = static_cast<int>(tiles);
+  plan->first_update = (g.W / g.C + 1) * g.C;
+  plan->per_C = 1.0 / static_cast<double>(g.C);
+  plan->per_ring = 1.0 / static_cast<double>(g.R);
+  plan->by_rs = p.by_rs;
+  plan->by_sparse_tiles = p.by_sparse_tiles;
+  return p.window_tiles + p.sparse_tiles <= MOST_SMALL_TILES;
+}
+
 /* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
  * groups. */
 int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
@@ -955,8 +901,8 @@ int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decod
 
 /* All of a step's plan but what depends on the update; before the first kernel, so that a step which does not fit
  * leaves the cache as it was. */
-lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *device, device_limits *limits,
-                      lola_message *message) {
+lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_plan *small, int *device,
+                      device_limits *limits, lola_message *message) {
   cudaError_t error = cudaGetDevice(device);
   if (error == cudaSuccess) error = limits_of(*device, limits);
   if (error != cudaSuccess) return launched(error, "decode", message);
@@ -967,8 +913,6 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
     p.blocks = pipeline_blocks(groups, *limits, p);
-    p.small = is_hedgehog(g.map) && !g.stores_features && g.F % 8 == 0 && aligned_weights(g) &&
-              groups * p.items <= static_cast<int64_t>(SMALL_GRID) * limits->processors;
   } else {
     place_shared(sizes, &p);
     p.blocks = groups * p.items;
@@ -988,6 +932,11 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, int *devi
   p.by_C = divisor_of(g.C);
   p.by_R = divisor_of(g.R);
   p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
+  if (p.pipeline && is_hedgehog(g.map) && !g.stores_features && g.F == SMALL_F && aligned_weights(g) &&
+      p.call_aligned && p.query_aligned) {
+    const int widest = g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
+    p.small = plan_small(g, p, *limits, widest, small);
+  }
   *plan = p;
   return LOLA_OK;
 }
@@ -1064,16 +1013,12 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   return launched(error, "decode_queries", message);
 }
 
-template <auto KERNEL>
-cudaError_t launch_small_kernel(const lola_device_segment &g, const call_rows &rows, const decode_plan &plan,
-                                const scratch_places &places, int device, cudaStream_t stream) {
-  const query_plan queries = plan_queries(g, 1);
-  const int64_t bytes = STAGE_BYTES + query_bytes(g, queries) + g.F * INT64_C(4);
-  const cudaError_t error = allow_shared<KERNEL>(bytes, device);
-  if (error != cudaSuccess) return error;
-  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(static_cast<int64_t>(g.B) * g.Hkv * plan.items),
-                                  THREADS, bytes, stream, g, rows, queries, plan, places.counters, places.row_counters,
-                                  places.partials);
+template <typename T>
+cudaError_t launch_small(const lola_device_segment &g, const call_rows &rows, const small_plan &plan,
+                         unsigned *row_counters, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = small_launch<T>(g, plan, stream, attributes);
+  return cudaLaunchKernelEx(&config, decode_small_kernel<T>, g, rows, plan, row_counters);
 }
 
 } // namespace
@@ -1085,7 +1030,8 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   int device = 0;
   device_limits limits = {};
   decode_plan plan = {};
-  lola_status status = plan_step(g, &plan, &device, &limits, message);
+  small_plan small = {};
+  lola_status status = plan_step(g, &plan, &small, &device, &limits, message);
   if (status) return status;
   plan.awaits = !updates;
   const scratch_places places = places_in(scratch, g);
@@ -1100,12 +1046,13 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
     if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
   }
   if (status) return status;
-  if (plan.small)
-    return launched(
-        g.dtype == LOLA_FLOAT16
-            ? launch_small_kernel<decode_small_kernel<__half>>(g, rows, plan, places, device, stream)
-            : launch_small_kernel<decode_small_kernel<__nv_bfloat16>>(g, rows, plan, places, device, stream),
-        "decode", message);
+  if (plan.small) {
+    small.awaits = plan.awaits;
+    small.updates = updates;
+    return launched(g.dtype == LOLA_FLOAT16 ? launch_small<__half>(g, rows, small, places.row_counters, stream)
+                                            : launch_small<__nv_bfloat16>(g, rows, small, places.row_counters, stream),
+                    "decode", message);
+  }
   const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)

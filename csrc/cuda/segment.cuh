@@ -207,7 +207,15 @@ typedef struct lola_device_weights {
   float softmax, linear, share;
 } lola_device_weights;
 
-static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l, float z) {
+/* The linear term's logit in base 2, of mixings that have one. */
+static __device__ inline float lola_device_linear_logit(lola_mixing mixing, float gate, float z) {
+  const float logit = log2f(z);
+  return mixing == LOLA_MIXING_GATED ? logit + log2f((1 - gate) / gate) : logit;
+}
+
+/* `logit` is lola_device_linear_logit's, for who knows z before m and l. */
+static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float logit, float m,
+                                                             float l, float z) {
   lola_device_weights w = {0, 0, 0};
   if (mixing == LOLA_MIXING_CACHE_ONLY || !(z > 0)) {
     w.softmax = l > 0 ? 1 / l : 0;
@@ -220,8 +228,6 @@ static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing,
     w.share = z / sum;
     return w;
   }
-  float logit = log2f(z);
-  if (mixing == LOLA_MIXING_GATED) logit += log2f((1 - gate) / gate);
   float high = fmaxf(m, logit);
   float softmax = exp2f(m - high), linear = exp2f(logit - high);
   float sum = softmax * l + linear;
@@ -229,6 +235,10 @@ static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing,
   w.linear = linear / sum / z;
   w.share = linear / sum;
   return w;
+}
+
+static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l, float z) {
+  return lola_device_mix(mixing, gate, lola_device_linear_logit(mixing, gate, z), m, l, z);
 }
 
 #endif

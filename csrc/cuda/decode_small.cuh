@@ -1,0 +1,643 @@
+/* Decoding for batches so small that a step takes as long as what waits for one another in it: one kernel, a cluster of
+ * blocks for each (row, KV head), for the caches of decode_pipeline.cuh with Hedgehog's 128 features.
+ *
+ * The cluster's first r blocks have a query head each: phi(q), N and z of its state and, once the others have sent
+ * their tiles, the merge. The others have the tiles of pairs, a warp for a quarter of one. All that a thread reads goes
+ * straight to its registers and is asked for at once; where a block's part lies depends on its place alone, but for the
+ * window. Tiles reach the head's block through distributed shared memory and count their bytes at its barrier.
+ *
+ * Sums are in the order that decode_queries.cuh and the pipeline have: rows have the same bits in any batch. */
+#ifndef LOLA_CUDA_DECODE_SMALL_CUH
+#define LOLA_CUDA_DECODE_SMALL_CUH
+
+#include "decode_pipeline.cuh"
+#include "decode_queries.cuh"
+
+namespace {
+
+constexpr int SMALL_WARPS = 8, SMALL_THREADS = SMALL_WARPS * 32;
+constexpr int SMALL_F = 128, SMALL_M = SMALL_F / 2; /* features, columns of the projection */
+constexpr int TILES = SMALL_WARPS / WARPS;          /* that a block works on at a time */
+constexpr int TILE_FLOATS = WIDE + 4;               /* o, m, l of a head's tile in shared memory */
+constexpr int TILE_SENT = WIDE * 4 + 8;             /* bytes of it */
+constexpr int MOST_SMALL_TILES = 48;                /* that a head is sent */
+constexpr int MERGE = 12;                           /* tiles that a head adds at a time */
+constexpr int PROJECTION_ROWS = WIDE / SMALL_WARPS; /* of the weights, per warp */
+static_assert(SMALL_F == SMALL_WARPS * QUARTER, "a warp has a quarter of a state's part");
+static_assert(SMALL_M == 2 * 32 && WIDE == 4 * 32, "columns of a lane");
+
+struct small_plan {
+  int blocks;                     /* of a cluster */
+  int sets;                       /* per KV head; 0 without a sparse cache */
+  int window_tiles, sparse_tiles; /* at most: per KV head, per set */
+  int tiles;                      /* of a cluster, at most */
+  int updates;                    /* an update's kernels do */
+  int awaits;                     /* no update's kernels come before this one */
+  int64_t first_update;           /* the first position whose chunk does not begin within W */
+  double per_C, per_ring;         /* 1 / C and 1 / R */
+  divisor by_rs, by_sparse_tiles;
+};
+
+/* Tiles that a head's block has room for: the window's end at `window_tiles`, and any number is followed by MERGE. */
+__host__ __device__ __forceinline__ int received_tiles(const small_plan &plan) {
+  return plan.window_tiles + plan.sparse_tiles + MERGE;
+}
+
+/* Shared memory: what tiles a head's block is sent, then what its own warps share, or those of tiles. */
+__host__ __device__ __forceinline__ int small_bytes(const small_plan &plan, int r) {
+  const int state = (SMALL_WARPS * SMALL_M + SMALL_WARPS * WIDE) * 4, pairs = SMALL_WARPS * r * SUM_PITCH * 4;
+  return received_tiles(plan) * TILE_FLOATS * 4 + (state > pairs ? state : pairs);
+}
+
+constexpr int MOST_SMALL_BYTES =
+    ((MOST_SMALL_TILES + MERGE) * TILE_FLOATS + SMALL_WARPS * MATRIX_HEADS * SUM_PITCH) * 4;
+
+/* What a head's block needs to know of its tiles. */
+struct small_facts {
+  int window_tiles, tiles; /* with its set's */
+  float gate;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+/* --- clusters --------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ void small_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void small_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/* A barrier for one phase: of one thread, and of the bytes that it says. */
+__device__ __forceinline__ void make_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void await_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void await_barrier(uint32_t barrier) {
+  asm volatile("{\n.reg .pred done;\nagain:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+               "@!done bra.uni again;\n}" ::"r"(barrier)
+               : "memory");
+}
+
+/* An address of this block's shared memory in that of the cluster's block `rank`. */
+__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, const float (&x)[4]) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float x, float y) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "f"(x), "f"(y), "r"(barrier)
+               : "memory");
+}
+
+/* Of the warps that share a tile. */
+__device__ __forceinline__ void tile_barrier() {
+  static_assert(TILES == 2, "a barrier each");
+  if (threadIdx.x < THREADS)
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+  else
+    asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
+}
+
+/* --- loads ------------------------------------------------------------------------------------------ */
+
+/* Into registers, at once and in this order. */
+__device__ __forceinline__ uint4 ask(const void *from) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return x;
+}
+
+/* Weights never change. */
+__device__ __forceinline__ float2 ask_weights(const float *from) {
+  float2 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.f32 {%0, %1}, [%2];"
+               : "=f"(x.x), "=f"(x.y)
+               : "l"(__cvta_generic_to_global(from)));
+  return x;
+}
+
+/* --- the window -------------------------------------------------------------------------------------- */
+
+struct small_window {
+  int ring_slot, slot, pairs; /* ring slots of the token and of the first pair; pairs with the newest */
+};
+
+__device__ __forceinline__ int tiles_of(int pairs) { return (pairs + UNIT_PAIRS - 1) / UNIT_PAIRS; }
+
+/* x / d for x below 2^52, more tokens than there will be; `inverse` is 1 / d. */
+__device__ __forceinline__ int64_t quotient(int64_t x, int d, double inverse) {
+  const int64_t q = static_cast<int64_t>(static_cast<double>(x) * inverse), left = x - q * d;
+  return q + (left >= d) - (left < 0);
+}
+
+__device__ __forceinline__ small_window window_of(const lola_device_segment &g, const small_plan &plan,
+                                                  int64_t position) {
+  const int C = static_cast<int>(g.C), ring = static_cast<int>(g.R);
+  small_window w;
+  w.pairs = static_cast<int>(min(position, position - quotient(position, C, plan.per_C) * C + g.W)) + 1;
+  w.ring_slot = static_cast<int>(position - quotient(position, ring, plan.per_ring) * ring);
+  w.slot = w.ring_slot + 1 - w.pairs;
+  if (w.slot < 0) w.slot += ring;
+  return w;
+}
+
+/* --- tiles of pairs --------------------------------------------------------------------------------- */
+
+/* A quarter of a tile. */
+struct small_pairs {
+  const char *keys, *values; /* of slot 0 */
+  int slot, slots;           /* of the first pair; after slot slots - 1 comes slot 0 */
+  int there;                 /* pairs from there on that can be read, one or more */
+  int newest;                /* which of them is the call's, if any */
+  const int32_t *sources;    /* of the slots, where pairs that enter come from the window ring */
+};
+
+/* Pairs on the way to registers: pieces quad + 4j of keys row, row + 8; pieces row + 8j of values 2quad, 2quad + 1,
+ * 2quad + 8, 2quad + 9; and pieces quad + 4j of a query. */
+struct small_quarter {
+  uint4 q[4], k[2][4], v[4][2];
+};
+
+__device__ __forceinline__ small_quarter ask_quarter(const lola_device_segment &g, const char *query,
+                                                     const small_pairs &pairs, int batch, int kv_head, int group,
+                                                     int ring_slot) {
+  const int row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, row_at = row * PIECE, quad_at = quad * PIECE;
+  small_quarter x;
+#pragma unroll
+  for (int j = 0; j < 4; j++) x.q[j] = ask(query + quad_at + 4 * j * PIECE);
+  const char *from[6];
+  const bool is_run = !pairs.sources && pairs.there >= QUARTER && pairs.slot + QUARTER <= pairs.slots &&
+                      static_cast<unsigned>(pairs.newest) >= QUARTER;
+  unsigned entered = 0;
+  const auto slot_of = [&](int pair) {
+    const int slot = pairs.slot + min(pair, pairs.there - 1);
+    return slot < pairs.slots ? slot : slot - pairs.slots;
+  };
+  const auto pair_at = [&](int i) { return i < 2 ? row + 8 * i : 2 * quad + i % 2 + (i - 2) / 2 * 8; };
+  if (is_run) { /* of memory, as most are */
+    const int64_t at = static_cast<int64_t>(pairs.slot) * ROW_BYTES;
+    const char *const key = pairs.keys + at + row * ROW_BYTES + quad_at;
+    const char *const value = pairs.values + at + 2 * quad * ROW_BYTES + row_at;
+#pragma unroll
+    for (int i = 0; i < 6; i++) from[i] = (i < 2 ? key : value) + (i < 2 ? 8 * i : i % 2 + (i - 2) / 2 * 8) * ROW_BYTES;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 6; i++) {
+      const bool is_key = i < 2;
+      const int slot = slot_of(pair_at(i));
+      from[i] = (is_key ? pairs.keys : pairs.values) + static_cast<int64_t>(slot) * ROW_BYTES;
+      if (min(pair_at(i), pairs.there - 1) == pairs.newest)
+        from[i] = lola_device_at(is_key ? g.k : g.v, batch, 0, kv_head);
+      if (pairs.sources) {
+        const int code = __ldcg(pairs.sources + slot), ring = static_cast<int>(g.R);
+        if (code >= 0 && pair_at(i) < pairs.there) {
+          const int64_t at = static_cast<int64_t>(group) * ring +
+                             (ring_slot + code < ring ? ring_slot + code : ring_slot + code - ring);
+          from[i] = static_cast<const char *>(is_key ? g.window_keys : g.window_values) + at * ROW_BYTES;
+          entered |= 1u << i;
+        }
+      }
+      from[i] += is_key ? quad_at : row_at;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) x.k[i][j] = ask(from[i] + 4 * j * PIECE);
+#pragma unroll
+  for (int n = 0; n < 4; n++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) x.v[n][j] = ask(from[2 + n] + 8 * j * PIECE);
+  if (entered) { /* into their slots: each piece is one lane's */
+#pragma unroll
+    for (int i = 0; i < 6; i++) {
+      if (!(entered >> i & 1)) continue;
+      char *const to = const_cast<char *>(i < 2 ? pairs.keys : pairs.values) +
+                       static_cast<int64_t>(slot_of(pair_at(i))) * ROW_BYTES + (i < 2 ? quad_at : row_at);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (i < 2)
+          *reinterpret_cast<uint4 *>(to + 4 * j * PIECE) = x.k[i][j];
+        else if (j < 2)
+          *reinterpret_cast<uint4 *>(to + 8 * j * PIECE) = x.v[i - 2][j];
+      }
+    }
+  }
+  return x;
+}
+
+/* Softmax sums of `count` pairs of a quarter, as weigh_quarter's, into `merge` (SUM_PITCH floats a head) and `sums`. */
+template <typename T>
+__device__ __forceinline__ void weigh_registers(const small_quarter &x, int heads, int count, float scale, float *merge,
+                                                float2 *sums) {
+  const int row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  float s[2][2][4] = {};
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const unsigned q[4] = {x.q[j].x, x.q[j].y, x.q[j].z, x.q[j].w};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      mma<T>(s[i][0], q, x.k[i][j].x, x.k[i][j].z);
+      mma<T>(s[i][1], q, x.k[i][j].y, x.k[i][j].w);
+    }
+  }
+  float high = -INFINITY, sum = 0, weight[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float logit = (s[i][0][e] + s[i][1][2 + e]) * (scale * LOG2E);
+      weight[i][e] = 8 * i + 2 * quad + e < count ? logit : -INFINITY;
+      high = fmaxf(high, weight[i][e]);
+    }
+  high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+  high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+  const float shift = fmaxf(high, -3e38f);
+  unsigned p[4];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float low = power_of_two(weight[i][0] - shift), up = power_of_two(weight[i][1] - shift);
+    sum += low + up;
+    split<T>(low, up, p[2 * i], p[2 * i + 1]);
+  }
+  sum += __shfl_xor_sync(ALL, sum, 1);
+  sum += __shfl_xor_sync(ALL, sum, 2);
+  if (quad == 0 && row < heads) sums[row] = make_float2(high, sum);
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    unsigned v[4][4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      v[n][0] = x.v[n][j].x;
+      v[n][1] = x.v[n][j].y;
+      v[n][2] = x.v[n][j].z;
+      v[n][3] = x.v[n][j].w;
+    }
+    float o[16]; /* columns 64 j + 16 quad on, of head `row` */
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const unsigned halves = i % 2 ? 0x7632 : 0x5410;
+      float c[4] = {0, 0, 0, 0};
+      mma<T>(c, p, __byte_perm(v[0][i / 2], v[1][i / 2], halves), __byte_perm(v[2][i / 2], v[3][i / 2], halves));
+      o[i] = c[0] + c[2];
+      o[8 + i] = c[1] + c[3];
+    }
+    if (row < heads) store_floats<16>(merge + row * SUM_PITCH + 64 * j + 16 * quad, o);
+  }
+}
+
+/* Adds a quarter, or a tile, to sums in order: exp2(m) l and exp2(m) o. */
+__device__ __forceinline__ void add_quarter(float m, float l, const float (&x)[4], float *high, float *sum,
+                                            float (&o)[4]) {
+  const float higher = fmaxf(*high, m), before = weight_below(*high, higher), share = weight_below(m, higher);
+  *high = higher;
+  *sum = fmaf(share, l, __fmul_rn(before, *sum));
+#pragma unroll
+  for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], __fmul_rn(before, o[e]));
+}
+
+/* --- a query head ----------------------------------------------------------------------------------- */
+
+/* Floats as integers in the same order, and back. */
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
+
+/* phi(q): features lane, lane + 32, lane + 64, lane + 96, by each warp from all the warps' parts of q W. */
+__device__ __forceinline__ void small_features(const float *parts, bool normalise, float (&phi)[4]) {
+  const int lane = threadIdx.x % 32;
+  const float y[2] = {add_groups(parts + lane, SMALL_WARPS, SMALL_M),
+                      add_groups(parts + lane + 32, SMALL_WARPS, SMALL_M)};
+  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(y[0], y[1])))),
+              low = of_ordered(__reduce_min_sync(ALL, ordered(fminf(y[0], y[1]))));
+  const float up[2] = {expf(y[0] - high), expf(y[1] - high)}, down[2] = {expf(low - y[0]), expf(low - y[1])};
+  const float above = warp_sum(up[0] + up[1]), below = warp_sum(down[0] + down[1]);
+  const float of_up = normalise ? 1 / above : 1, of_down = normalise ? 1 / below : 1;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    phi[i] = finish_feature(up[i] * of_up, FEATURE_FLOOR, true);
+    phi[2 + i] = finish_feature(down[i] * of_down, FEATURE_FLOOR, true);
+  }
+}
+
+/* Softmax sums of a head's `count` tiles, which lie one after the other, zeros and -inf behind them: maximum, sum and
+ * this thread's column. The order is add_tiles', every thread for itself: a shuffle takes longer than what it saves. */
+__device__ __forceinline__ void merge_tiles(const float *tiles, int count, float *high, float *sum, float *o) {
+  static_assert(MERGE == 12, "as the sum is written");
+#pragma unroll 1
+  for (int done = 0; done < count; done += MERGE, tiles += MERGE * TILE_FLOATS) {
+    float2 pair[MERGE];
+    float x[MERGE], higher = *high, share[MERGE], part[MERGE];
+#pragma unroll
+    for (int t = 0; t < MERGE; t++) {
+      pair[t] = *reinterpret_cast<const float2 *>(tiles + t * TILE_FLOATS + WIDE);
+      x[t] = tiles[t * TILE_FLOATS + threadIdx.x];
+      higher = fmaxf(higher, pair[t].x);
+    }
+    const float before = weight_below(*high, higher);
+    *high = higher;
+#pragma unroll
+    for (int t = 0; t < MERGE; t++) {
+      share[t] = weight_below(pair[t].x, higher);
+      part[t] = __fmul_rn(share[t], pair[t].y);
+    }
+    /* as warp_sum adds what its lanes have */
+#pragma unroll
+    for (int t = 0; t < 4; t++) part[t] = (part[t] + part[t + 8]) + part[t + 4];
+    *sum = fmaf(before, *sum, (part[0] + part[2]) + (part[1] + part[3]));
+    *o *= before;
+#pragma unroll
+    for (int t = 0; t < MERGE; t++) *o = fmaf(share[t], x[t], *o);
+  }
+}
+
+#endif
+
+/* --- the kernel ------------------------------------------------------------------------------------- */
+
+/* Blocks (blocks of a cluster, Hkv, B). `arrivals`: per row, zero between launches. */
+template <typename T>
+__global__ void __launch_bounds__(SMALL_THREADS, 2)
+    decode_small_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                        const __grid_constant__ small_plan plan, unsigned *arrivals) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(16) float small_memory[];
+  __shared__ uint64_t tiles_are_there;
+  __shared__ float2 sums[SMALL_WARPS][MATRIX_HEADS];
+  __shared__ small_facts facts;
+  lola_device_start_next();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, head = kv_head * g.r + rank;
+  const int group = row * g.Hkv + kv_head, state = group * g.r + rank, ring = static_cast<int>(g.R);
+  const bool is_state = rank < g.r, recalls = is_state && g.mixing != LOLA_MIXING_CACHE_ONLY;
+  const int turn = (plan.blocks - g.r) * TILES;
+  const int first_tile = rank - g.r + warp / WARPS * (plan.blocks - g.r);
+  float *const tiles = small_memory, *const own = tiles + received_tiles(plan) * TILE_FLOATS;
+  const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&tiles_are_there));
+  if (threadIdx.x == 0) make_barrier(barrier);
+#pragma unroll 1
+  for (int i = threadIdx.x; is_state && i < received_tiles(plan) * (TILE_FLOATS / 4); i += SMALL_THREADS)
+    reinterpret_cast<float4 *>(tiles)[i] = make_float4(i % (TILE_FLOATS / 4) < WIDE / 4 ? 0 : -INFINITY, 0, 0, 0);
+  __syncwarp();
+  small_cluster_arrive();
+
+  /* Tiles of the window come first, then those of sets: a tile's place, its set, and the first slot of that. */
+  const auto place_of = [&](int tile, int *set, int64_t *before) {
+    *set = 0;
+    *before = static_cast<int64_t>(group) * ring;
+    if (tile < plan.window_tiles) return tile;
+    tile -= plan.window_tiles;
+    *set = static_cast<int>(divided(static_cast<unsigned>(tile), plan.by_sparse_tiles));
+    *before = static_cast<int64_t>(group * plan.sets + *set) * g.L;
+    return tile - *set * plan.sparse_tiles;
+  };
+
+  /* Into L2 what will be read, and weights into registers. */
+  float2 weights[PROJECTION_ROWS];
+  if (recalls) {
+    if (threadIdx.x == 0) prefetch_once(g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE), SMALL_F * WIDE * 4);
+    const float *const from = g.map.w_q + static_cast<int64_t>(head) * (WIDE * SMALL_M) + warp * SMALL_M + lane * 2;
+#pragma unroll
+    for (int i = 0; i < PROJECTION_ROWS; i++) weights[i] = ask_weights(from + i * SMALL_WARPS * SMALL_M);
+  } else if (!is_state && threadIdx.x % THREADS == 0) {
+#pragma unroll 1
+    for (int tile = first_tile; tile < plan.tiles; tile += turn) {
+      int set;
+      int64_t before;
+      const int first = place_of(tile, &set, &before) * UNIT_PAIRS;
+      const bool sparse = tile >= plan.window_tiles;
+      const int bytes = min((sparse ? g.L : ring) - first, UNIT_PAIRS) * ROW_BYTES;
+      const int64_t at = (before + first) * ROW_BYTES;
+      prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+      prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+    }
+  }
+  /* With an update's kernels between, this one has not begun before all that came before them has ended. */
+  if (plan.awaits) lola_device_await_previous();
+
+  const int64_t position = __ldcg(g.tokens_seen + row);
+  int batch = row; /* and offset 0: there is but one token */
+  if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
+    int64_t start, stop;
+    row_range(rows, row, &start, &stop);
+    if (rows.cu_seqlens.data) batch = 0;
+    if (stop <= start) { /* idle */
+      if (!plan.awaits) lola_device_await_previous();
+      return;
+    }
+  }
+  float x = 0; /* lane i: the i-th element of q that this warp multiplies */
+  if (recalls && lane < PROJECTION_ROWS)
+    x = static_cast<float>(reinterpret_cast<const T *>(lola_device_at(g.q, batch, 0, head))[warp + lane * SMALL_WARPS]);
+  bool updated = false;
+  if (plan.updates) {
+    updated = position >= (__ldcg(g.chunks + row) + 1) * g.C && position >= plan.first_update;
+    if (updated && !plan.awaits) lola_device_await_previous();
+  }
+  small_cluster_wait(); /* the blocks that are sent to are there */
+
+  int pairs = 0; /* of the head's sparse set */
+  if (is_state && plan.sets) {
+    const int set = static_cast<int>(divided(static_cast<unsigned>(rank), plan.by_rs));
+    pairs = static_cast<int>(__ldcg(g.sparse_count + group * plan.sets + set));
+  }
+  uint4 h[QUARTER]; /* of the state: this warp's rows, this lane's columns */
+  float s = 0;
+  bool folded = false;
+  if (recalls) {
+    const float *const hidden =
+        g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE) + warp * (QUARTER * WIDE) + lane * 4;
+#pragma unroll
+    for (int i = 0; i < QUARTER; i++) h[i] = ask(hidden + i * WIDE);
+    folded = __ldcg(g.folded + state);
+    if (lane < QUARTER) s = __ldcg(g.normalizer + static_cast<int64_t>(state) * SMALL_F + warp * QUARTER + lane);
+  }
+  small_window window;
+  if (is_state) {
+    const auto look_up = [&] {
+      window = window_of(g, plan, position);
+      if (threadIdx.x > 0) return;
+      facts.window_tiles = tiles_of(window.pairs);
+      facts.tiles = facts.window_tiles + tiles_of(pairs);
+      facts.gate = g.gate ? g.gate[head] : 0;
+      await_bytes(barrier, facts.tiles * TILE_SENT);
+    };
+    float n[4] = {0, 0, 0, 0}, z = 0, *const parts = own, *const quarters = own + SMALL_WARPS * SMALL_M;
+    if (recalls) {
+      float sum[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < PROJECTION_ROWS; i++) {
+        const float factor = __shfl_sync(ALL, x, i);
+        sum[0] = fmaf(factor, weights[i].x, sum[0]);
+        sum[1] = fmaf(factor, weights[i].y, sum[1]);
+      }
+      *reinterpret_cast<float2 *>(parts + warp * SMALL_M + lane * 2) = make_float2(sum[0], sum[1]);
+      __syncthreads();
+      float phi[4];
+      look_up(); /* while it waits for one another */
+      small_features(parts, g.map.kind == LOLA_MAP_HEDGEHOG, phi);
+      const float mine = warp < 2 ? phi[0] : warp < 4 ? phi[1] : warp < 6 ? phi[2] : phi[3];
+      const int base = warp % 2 * QUARTER;
+#pragma unroll
+      for (int i = 0; i < QUARTER; i++) {
+        const float f = __shfl_sync(ALL, mine, base + i);
+        n[0] = fmaf(f, __uint_as_float(h[i].x), n[0]);
+        n[1] = fmaf(f, __uint_as_float(h[i].y), n[1]);
+        n[2] = fmaf(f, __uint_as_float(h[i].z), n[2]);
+        n[3] = fmaf(f, __uint_as_float(h[i].w), n[3]);
+      }
+      z = warp_sum(__fmul_rn(__shfl_sync(ALL, mine, base + lane % QUARTER), s)); /* s is 0 from lane QUARTER on */
+      if (!folded) {                                                             /* whatever was there */
+        n[0] = n[1] = n[2] = n[3] = 0;
+        z = 0;
+      }
+    } else {
+      look_up();
+    }
+    store_floats<4>(quarters + warp * WIDE + lane * 4, n);
+    if (lane == 0) sums[warp][0].x = z;
+  } else {
+    if (updated || first_tile < plan.window_tiles) window = window_of(g, plan, position);
+    bool exact = updated; /* asks for pairs that are, not for slots */
+    const int quarter = warp % WARPS, merge_step = g.r * SUM_PITCH;
+    float *const merge = own + warp / WARPS * WARPS * merge_step;
+    const float2(*const tile_sums)[MATRIX_HEADS] = sums + warp / WARPS * WARPS;
+    int index = first_tile;
+#pragma unroll 1
+    while (index < plan.tiles) {
+      int set;
+      int64_t before;
+      const int place = place_of(index, &set, &before), first = place * UNIT_PAIRS + quarter * QUARTER;
+      const bool sparse = index >= plan.window_tiles;
+      small_pairs pairs;
+      int all = window.pairs; /* of the set or the window */
+      if (sparse) {
+        all = static_cast<int>(__ldcg(g.sparse_count + group * plan.sets + set));
+        pairs.keys = static_cast<const char *>(g.sparse_keys) + before * ROW_BYTES;
+        pairs.values = static_cast<const char *>(g.sparse_values) + before * ROW_BYTES;
+        pairs.slots = g.L;
+        pairs.slot = first;
+        pairs.there = g.L - first;
+        pairs.newest = -1;
+        pairs.sources = updated ? g.slot_source + before : nullptr;
+      } else {
+        pairs.keys = static_cast<const char *>(g.window_keys) + before * ROW_BYTES;
+        pairs.values = static_cast<const char *>(g.window_values) + before * ROW_BYTES;
+        pairs.slots = ring;
+        pairs.slot = first + window.slot;
+        if (pairs.slot >= ring) pairs.slot -= ring;
+        pairs.there = all - first;
+        pairs.newest = all - first - 1;
+        pairs.sources = nullptr;
+      }
+      if (exact) pairs.there = all - first;
+      if (pairs.there > 0) {
+        const char *const query =
+            lola_device_at(g.q, batch, 0, kv_head * g.r + set * g.rs + min(lane / 4, (sparse ? g.rs : g.r) - 1));
+        const small_quarter asked = ask_quarter(g, query, pairs, batch, kv_head, group, window.ring_slot);
+        asm volatile("" : "+r"(all)); /* nothing waits for it before the pairs are under way */
+        const int count = all - first;
+        if (!exact && sparse && count > 0 &&
+            count < min(g.L - first, QUARTER)) { /* what lies behind them may be no numbers */
+          exact = true;
+          continue;
+        }
+        if (count > 0)
+          weigh_registers<T>(asked, sparse ? g.rs : g.r, count, g.scale, merge + quarter * merge_step, sums[warp]);
+      }
+      index += turn;
+      const int count = all - place * UNIT_PAIRS; /* from the tile's first on */
+      if (count <= 0) continue;
+      tile_barrier();
+      /* The window's tiles end where the set's begin. */
+      const int to_tile = plan.window_tiles + place - (sparse ? 0 : tiles_of(window.pairs));
+      const uint32_t slot = static_cast<uint32_t>(__cvta_generic_to_shared(tiles + to_tile * TILE_FLOATS));
+#pragma unroll 1
+      for (int h = quarter; h < (sparse ? g.rs : g.r); h += WARPS) {
+        float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+          if (i * QUARTER >= count) break;
+          float part[4];
+          load_floats<4>(merge + i * merge_step + h * SUM_PITCH + lane * 4, part);
+          add_quarter(tile_sums[i][h].x, tile_sums[i][h].y, part, &high, &sum, o);
+        }
+        const uint32_t to = address_in(slot, set * g.rs + h), there = address_in(barrier, set * g.rs + h);
+        send(to + lane * 16, there, o);
+        if (lane == 0) send(to + WIDE * 4, there, high, sum);
+      }
+      if (index < plan.tiles) tile_barrier(); /* the sums were read */
+    }
+  }
+
+  /* Of a row that was updated, no block of the cluster reads the window ring any more. */
+  if (updated) {
+    small_cluster_arrive();
+    small_cluster_wait();
+  }
+  if (__syncthreads_or(position < 0)) return; /* so every thread has its position; and the state's sums are written */
+  if (is_state && warp < WARPS) {
+    float n = 0, z = 0, high = -INFINITY, sum = 0, o = 0;
+    const float *const quarters = own + SMALL_WARPS * SMALL_M + threadIdx.x;
+#pragma unroll
+    for (int part = 0; part < SMALL_WARPS; part += WARPS) {
+      n += add_groups(quarters + part * WIDE, WARPS, WIDE);
+      z += add_groups(&sums[part][0].x, WARPS, 2 * MATRIX_HEADS);
+    }
+    const float logit = lola_device_linear_logit(g.mixing, facts.gate, z);
+    char *const out = lola_device_at(g.out, batch, 0, head);
+    await_barrier(barrier);
+    merge_tiles(tiles + (plan.window_tiles - facts.window_tiles) * TILE_FLOATS, facts.tiles, &high, &sum, &o);
+    const lola_device_weights w = lola_device_mix(g.mixing, facts.gate, logit, high, sum, z);
+    lola_device_store(out, threadIdx.x, g.out.dtype, fmaf(w.softmax, o, w.linear != 0 ? w.linear * n : 0));
+    if (threadIdx.x == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, 0, head)) = w.share;
+  }
+  if (warp < SMALL_WARPS - 1) return;
+  if (!plan.awaits) lola_device_await_previous(); /* an update's kernel may still look at a counter of the row's */
+  if (rank == 0) {                                /* the newest pair into its ring slot, and its score */
+    const bool is_key = lane < 16;
+    const int64_t slot = static_cast<int64_t>(group) * ring + window.ring_slot;
+    const char *const from = lola_device_at(is_key ? g.k : g.v, batch, 0, kv_head);
+    char *const to = static_cast<char *>(is_key ? g.window_keys : g.window_values) + slot * ROW_BYTES;
+    reinterpret_cast<uint4 *>(to)[lane % 16] = reinterpret_cast<const uint4 *>(from)[lane % 16];
+    if (g.scores.data && lane * g.rs < g.r) {
+      const int set = static_cast<int>(divided(static_cast<unsigned>(kv_head * g.r), plan.by_rs)) + lane;
+      float sum = 0;
+#pragma unroll 1
+      for (int h = set * g.rs; h < (set + 1) * g.rs; h++)
+        sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, batch, 0, h));
+      g.window_given[(static_cast<int64_t>(row) * g.S + set) * ring + window.ring_slot] = sum;
+    }
+  }
+  if (lane == 31 && atomicAdd(arrivals + row, 1) == static_cast<unsigned>(plan.blocks * g.Hkv) - 1) {
+    /* No block of the row will look at its counters. */
+    arrivals[row] = 0;
+    const int64_t chunk = position / g.C;
+    g.tokens_seen[row] = position + 1;
+    if (chunk > g.chunks[row]) g.chunks[row] = chunk;
+  }
+#endif
+}
+
+} // namespace
+
+#endif
