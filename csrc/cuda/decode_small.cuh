@@ -38,7 +38,7 @@ struct small_plan {
   divisor by_rs, by_sparse_tiles;
 };
 
-/* Tiles that a head's block has room for: the window's end at `window_tiles`, and any number is followed by MERGE. */
+/* Tiles that a head's block has room for: the window's end at `window_tiles`, and all are filled up to whole MERGEs. */
 __host__ __device__ __forceinline__ int received_tiles(const small_plan &plan) {
   return plan.window_tiles + plan.sparse_tiles + MERGE;
 }
@@ -54,6 +54,7 @@ constexpr int MOST_SMALL_BYTES =
 
 /* What a head's block needs to know of its tiles. */
 struct small_facts {
+  int ring_slot;           /* of the token */
   int window_tiles, tiles; /* with its set's */
   float gate;
 };
@@ -62,8 +63,12 @@ struct small_facts {
 
 /* --- clusters --------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ void small_cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+/* RELAXED: nothing was written but barriers, which have a fence of their own. */
+template <bool RELAXED = false> __device__ __forceinline__ void small_cluster_arrive() {
+  if constexpr (RELAXED)
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void small_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -339,8 +344,9 @@ __device__ __forceinline__ void small_features(const float *parts, bool normalis
   }
 }
 
-/* Softmax sums of a head's `count` tiles, which lie one after the other, zeros and -inf behind them: maximum, sum and
- * this thread's column. The order is add_tiles', every thread for itself: a shuffle takes longer than what it saves. */
+/* Softmax sums of a head's `count` tiles, which lie one after the other, up to whole MERGEs none (-inf and zeros):
+ * maximum, sum and this thread's column. The order is add_tiles', every thread for itself: a shuffle takes longer than
+ * what it saves. */
 __device__ __forceinline__ void merge_tiles(const float *tiles, int count, float *high, float *sum, float *o) {
   static_assert(MERGE == 12, "as the sum is written");
 #pragma unroll 1
@@ -384,6 +390,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   __shared__ uint64_t tiles_are_there;
   __shared__ float2 sums[SMALL_WARPS][MATRIX_HEADS];
   __shared__ small_facts facts;
+  __shared__ int is_updated;
   lola_device_start_next();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, head = kv_head * g.r + rank;
@@ -393,13 +400,6 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   const int first_tile = rank - g.r + warp / WARPS * (plan.blocks - g.r);
   float *const tiles = small_memory, *const own = tiles + received_tiles(plan) * TILE_FLOATS;
   const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&tiles_are_there));
-  if (threadIdx.x == 0) make_barrier(barrier);
-#pragma unroll 1
-  for (int i = threadIdx.x; is_state && i < received_tiles(plan) * (TILE_FLOATS / 4); i += SMALL_THREADS)
-    reinterpret_cast<float4 *>(tiles)[i] = make_float4(i % (TILE_FLOATS / 4) < WIDE / 4 ? 0 : -INFINITY, 0, 0, 0);
-  __syncwarp();
-  small_cluster_arrive();
-
   /* Tiles of the window come first, then those of sets: a tile's place, its set, and the first slot of that. */
   const auto place_of = [&](int tile, int *set, int64_t *before) {
     *set = 0;
@@ -431,10 +431,14 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
       prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
     }
   }
+  if (threadIdx.x == 0) make_barrier(barrier);
+  __syncwarp();
+  small_cluster_arrive<true>();
   /* With an update's kernels between, this one has not begun before all that came before them has ended. */
   if (plan.awaits) lola_device_await_previous();
 
-  const int64_t position = __ldcg(g.tokens_seen + row);
+  int64_t position = 0; /* who reads it uses it before the block's last barrier: then it may change */
+  if (is_state || first_tile < plan.window_tiles || plan.updates) position = __ldcg(g.tokens_seen + row);
   int batch = row; /* and offset 0: there is but one token */
   if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
     int64_t start, stop;
@@ -453,6 +457,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     updated = position >= (__ldcg(g.chunks + row) + 1) * g.C && position >= plan.first_update;
     if (updated && !plan.awaits) lola_device_await_previous();
   }
+  if (threadIdx.x == 0) is_updated = updated;
   small_cluster_wait(); /* the blocks that are sent to are there */
 
   int pairs = 0; /* of the head's sparse set */
@@ -473,13 +478,17 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   }
   small_window window;
   if (is_state) {
+    int window_tiles, count; /* tiles: the window's, and with those of the set */
     const auto look_up = [&] {
       window = window_of(g, plan, position);
+      window_tiles = tiles_of(window.pairs);
+      count = window_tiles + tiles_of(pairs);
       if (threadIdx.x > 0) return;
-      facts.window_tiles = tiles_of(window.pairs);
-      facts.tiles = facts.window_tiles + tiles_of(pairs);
+      facts.ring_slot = window.ring_slot;
+      facts.window_tiles = window_tiles;
+      facts.tiles = count;
       facts.gate = g.gate ? g.gate[head] : 0;
-      await_bytes(barrier, facts.tiles * TILE_SENT);
+      await_bytes(barrier, count * TILE_SENT);
     };
     float n[4] = {0, 0, 0, 0}, z = 0, *const parts = own, *const quarters = own + SMALL_WARPS * SMALL_M;
     if (recalls) {
@@ -515,6 +524,11 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     }
     store_floats<4>(quarters + warp * WIDE + lane * 4, n);
     if (lane == 0) sums[warp][0].x = z;
+    const int missing = (MERGE - count % MERGE) % MERGE * (TILE_FLOATS / 4);
+    float4 *const behind = reinterpret_cast<float4 *>(tiles + (plan.window_tiles - window_tiles + count) * TILE_FLOATS);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < missing; i += SMALL_THREADS)
+      behind[i] = make_float4(i % (TILE_FLOATS / 4) < WIDE / 4 ? 0 : -INFINITY, 0, 0, 0);
   } else {
     if (updated || first_tile < plan.window_tiles) window = window_of(g, plan, position);
     bool exact = updated; /* asks for pairs that are, not for slots */
@@ -589,12 +603,11 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     }
   }
 
-  /* Of a row that was updated, no block of the cluster reads the window ring any more. */
-  if (updated) {
+  __syncthreads();  /* the state's sums are written */
+  if (is_updated) { /* no block of the cluster may read the window ring any more when the call's pair is written */
     small_cluster_arrive();
     small_cluster_wait();
   }
-  if (__syncthreads_or(position < 0)) return; /* so every thread has its position; and the state's sums are written */
   if (is_state && warp < WARPS) {
     float n = 0, z = 0, high = -INFINITY, sum = 0, o = 0;
     const float *const quarters = own + SMALL_WARPS * SMALL_M + threadIdx.x;
@@ -615,7 +628,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   if (!plan.awaits) lola_device_await_previous(); /* an update's kernel may still look at a counter of the row's */
   if (rank == 0) {                                /* the newest pair into its ring slot, and its score */
     const bool is_key = lane < 16;
-    const int64_t slot = static_cast<int64_t>(group) * ring + window.ring_slot;
+    const int64_t slot = static_cast<int64_t>(group) * ring + facts.ring_slot;
     const char *const from = lola_device_at(is_key ? g.k : g.v, batch, 0, kv_head);
     char *const to = static_cast<char *>(is_key ? g.window_keys : g.window_values) + slot * ROW_BYTES;
     reinterpret_cast<uint4 *>(to)[lane % 16] = reinterpret_cast<const uint4 *>(from)[lane % 16];
@@ -625,13 +638,13 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
 #pragma unroll 1
       for (int h = set * g.rs; h < (set + 1) * g.rs; h++)
         sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, batch, 0, h));
-      g.window_given[(static_cast<int64_t>(row) * g.S + set) * ring + window.ring_slot] = sum;
+      g.window_given[(static_cast<int64_t>(row) * g.S + set) * ring + facts.ring_slot] = sum;
     }
   }
   if (lane == 31 && atomicAdd(arrivals + row, 1) == static_cast<unsigned>(plan.blocks * g.Hkv) - 1) {
     /* No block of the row will look at its counters. */
     arrivals[row] = 0;
-    const int64_t chunk = position / g.C;
+    const int64_t position = g.tokens_seen[row], chunk = position / g.C;
     g.tokens_seen[row] = position + 1;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
   }
