@@ -85,7 +85,7 @@ __device__ __forceinline__ void await_bytes(uint32_t barrier, int bytes) {
 }
 __device__ __forceinline__ void await_barrier(uint32_t barrier) {
   asm volatile("{\n.reg .pred done;\nagain:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], 0;\n"
                "@!done bra.uni again;\n}" ::"r"(barrier)
                : "memory");
 }
