@@ -17,11 +17,15 @@ namespace {
 
 constexpr int SMALL_WARPS = 8, SMALL_THREADS = SMALL_WARPS * 32;
 constexpr int SMALL_F = 128, SMALL_M = SMALL_F / 2; /* features, columns of the projection */
+constexpr int CLERK = WARPS;                        /* the warp that looks after counters; it does not merge */
 constexpr int TILES = SMALL_WARPS / WARPS;          /* that a block works on at a time */
 constexpr int TILE_FLOATS = WIDE + 4;               /* o, m, l of a head's tile in shared memory */
 constexpr int TILE_SENT = WIDE * 4 + 8;             /* bytes of it */
 constexpr int MOST_SMALL_TILES = 48;                /* that a head is sent */
 constexpr int MERGE = 12;                           /* tiles that a head adds at a time */
+/* Of a head: its state, N of the quarters, the warps' parts of q W. */
+constexpr int STATE_FLOATS = SMALL_F * WIDE + SMALL_WARPS * (WIDE + SMALL_M);
+static_assert(SMALL_WARPS * MATRIX_HEADS * SUM_PITCH <= STATE_FLOATS);
 constexpr int PROJECTION_ROWS = WIDE / SMALL_WARPS; /* of the weights, per warp */
 static_assert(SMALL_F == SMALL_WARPS * QUARTER, "a warp has a quarter of a state's part");
 static_assert(SMALL_M == 2 * 32 && WIDE == 4 * 32, "columns of a lane");
@@ -45,18 +49,16 @@ __host__ __device__ __forceinline__ int received_tiles(const small_plan &plan) {
 
 /* Shared memory: what tiles a head's block is sent, then what its own warps share, or those of tiles. */
 __host__ __device__ __forceinline__ int small_bytes(const small_plan &plan, int r) {
-  const int state = (SMALL_WARPS * SMALL_M + SMALL_WARPS * WIDE) * 4, pairs = SMALL_WARPS * r * SUM_PITCH * 4;
-  return received_tiles(plan) * TILE_FLOATS * 4 + (state > pairs ? state : pairs);
+  const int pairs = SMALL_WARPS * r * SUM_PITCH;
+  return (received_tiles(plan) * TILE_FLOATS + (STATE_FLOATS > pairs ? STATE_FLOATS : pairs)) * 4;
 }
 
-constexpr int MOST_SMALL_BYTES =
-    ((MOST_SMALL_TILES + MERGE) * TILE_FLOATS + SMALL_WARPS * MATRIX_HEADS * SUM_PITCH) * 4;
+constexpr int MOST_SMALL_BYTES = ((MOST_SMALL_TILES + MERGE) * TILE_FLOATS + STATE_FLOATS) * 4;
 
 /* What a head's block needs to know of its tiles. */
 struct small_facts {
-  int ring_slot;           /* of the token */
-  int window_tiles, tiles; /* with its set's */
-  float gate;
+  int window_tiles, tiles; /* with its set's; before the clerk says so, pairs of that */
+  float gate, gate_logit;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -115,6 +117,22 @@ __device__ __forceinline__ void tile_barrier() {
     asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
   else
     asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
+}
+
+/* Copies to shared memory and counts the bytes, for who waits, at its barrier. */
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+/* Between the clerk, who ARRIVES with the facts, and the warps that merge. */
+template <bool ARRIVES> __device__ __forceinline__ void facts_barrier() {
+  if constexpr (ARRIVES)
+    asm volatile("bar.arrive 1, %0;" ::"n"(THREADS + 32) : "memory");
+  else
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS + 32) : "memory");
 }
 
 /* --- loads ------------------------------------------------------------------------------------------ */
@@ -308,14 +326,30 @@ __device__ __forceinline__ void weigh_registers(const small_quarter &x, int head
   }
 }
 
-/* Adds a quarter, or a tile, to sums in order: exp2(m) l and exp2(m) o. */
-__device__ __forceinline__ void add_quarter(float m, float l, const float (&x)[4], float *high, float *sum,
-                                            float (&o)[4]) {
-  const float higher = fmaxf(*high, m), before = weight_below(*high, higher), share = weight_below(m, higher);
-  *high = higher;
-  *sum = fmaf(share, l, __fmul_rn(before, *sum));
+/* Four columns of a tile, and its maximum and sum: quarters in order, those that have pairs. */
+__device__ __forceinline__ void add_quarters(const float *merge, int step, const float2 (*sums)[MATRIX_HEADS], int head,
+                                             int count, float *high, float *sum, float (&o)[4]) {
+  float2 pair[WARPS];
+  float x[WARPS][4];
 #pragma unroll
-  for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], __fmul_rn(before, o[e]));
+  for (int i = 0; i < WARPS; i++) {
+    const int from = i * QUARTER < count ? i : 0;
+    pair[i] = sums[from][head];
+    load_floats<4>(merge + from * step, x[i]);
+  }
+  *high = -INFINITY;
+  *sum = o[0] = o[1] = o[2] = o[3] = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) {
+    const bool there = i * QUARTER < count;
+    const float higher = there ? fmaxf(*high, pair[i].x) : *high;
+    const float before = weight_below(*high, higher), share = weight_below(pair[i].x, higher);
+    *high = higher;
+    if (there) *sum = fmaf(share, pair[i].y, __fmul_rn(before, *sum));
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (there) o[e] = fmaf(share, x[i][e], __fmul_rn(before, o[e]));
+  }
 }
 
 /* --- a query head ----------------------------------------------------------------------------------- */
@@ -327,21 +361,18 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
 
-/* phi(q): features lane, lane + 32, lane + 64, lane + 96, by each warp from all the warps' parts of q W. */
-__device__ __forceinline__ void small_features(const float *parts, bool normalise, float (&phi)[4]) {
+/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by each warp from all the
+ * warps' parts of x = q W. */
+__device__ __forceinline__ void small_features(const float *parts, bool negative, bool normalise, float (&phi)[2]) {
   const int lane = threadIdx.x % 32;
-  const float y[2] = {add_groups(parts + lane, SMALL_WARPS, SMALL_M),
-                      add_groups(parts + lane + 32, SMALL_WARPS, SMALL_M)};
-  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(y[0], y[1])))),
-              low = of_ordered(__reduce_min_sync(ALL, ordered(fminf(y[0], y[1]))));
-  const float up[2] = {expf(y[0] - high), expf(y[1] - high)}, down[2] = {expf(low - y[0]), expf(low - y[1])};
-  const float above = warp_sum(up[0] + up[1]), below = warp_sum(down[0] + down[1]);
-  const float of_up = normalise ? 1 / above : 1, of_down = normalise ? 1 / below : 1;
+  const float sign = negative ? -1 : 1;
+  const float x[2] = {sign * add_groups(parts + lane, SMALL_WARPS, SMALL_M),
+                      sign * add_groups(parts + lane + 32, SMALL_WARPS, SMALL_M)};
+  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(x[0], x[1]))));
+  const float up[2] = {expf(x[0] - high), expf(x[1] - high)};
+  const float sum = warp_sum(up[0] + up[1]), scale = normalise ? 1 / sum : 1;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    phi[i] = finish_feature(up[i] * of_up, FEATURE_FLOOR, true);
-    phi[2 + i] = finish_feature(down[i] * of_down, FEATURE_FLOOR, true);
-  }
+  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, FEATURE_FLOOR, true);
 }
 
 /* Softmax sums of a head's `count` tiles, which lie one after the other, up to whole MERGEs none (-inf and zeros):
@@ -387,7 +418,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
                         const __grid_constant__ small_plan plan, unsigned *arrivals) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) float small_memory[];
-  __shared__ uint64_t tiles_are_there;
+  __shared__ uint64_t tiles_are_there, state_is_there[SMALL_WARPS];
   __shared__ float2 sums[SMALL_WARPS][MATRIX_HEADS];
   __shared__ small_facts facts;
   __shared__ int is_updated;
@@ -395,207 +426,197 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, head = kv_head * g.r + rank;
   const int group = row * g.Hkv + kv_head, state = group * g.r + rank, ring = static_cast<int>(g.R);
+  const int batch = rows.cu_seqlens.data ? 0 : row; /* of the token; its offset is 0, there is but one */
   const bool is_state = rank < g.r, recalls = is_state && g.mixing != LOLA_MIXING_CACHE_ONLY;
-  const int turn = (plan.blocks - g.r) * TILES;
-  const int first_tile = rank - g.r + warp / WARPS * (plan.blocks - g.r);
+  const int quarter = warp % WARPS, turn = (plan.blocks - g.r) * TILES;
   float *const tiles = small_memory, *const own = tiles + received_tiles(plan) * TILE_FLOATS;
   const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&tiles_are_there));
-  /* Tiles of the window come first, then those of sets: a tile's place, its set, and the first slot of that. */
-  const auto place_of = [&](int tile, int *set, int64_t *before) {
-    *set = 0;
+
+  /* A tile of the window, or of a set: those of the window come first. */
+  int index = is_state ? plan.tiles : rank - g.r + warp / WARPS * (plan.blocks - g.r);
+  int set, first; /* the first pair of this warp's quarter */
+  int64_t slots_before;
+  const char *query;
+  const bool has_window = index < plan.window_tiles;
+  const auto place_of = [&](int tile, int *its_set, int64_t *before) {
+    *its_set = 0;
     *before = static_cast<int64_t>(group) * ring;
     if (tile < plan.window_tiles) return tile;
     tile -= plan.window_tiles;
-    *set = static_cast<int>(divided(static_cast<unsigned>(tile), plan.by_sparse_tiles));
-    *before = static_cast<int64_t>(group * plan.sets + *set) * g.L;
-    return tile - *set * plan.sparse_tiles;
+    *its_set = static_cast<int>(divided(static_cast<unsigned>(tile), plan.by_sparse_tiles));
+    *before = static_cast<int64_t>(group * plan.sets + *its_set) * g.L;
+    return tile - *its_set * plan.sparse_tiles;
   };
+  const auto look_at_tile = [&] {
+    first = place_of(index, &set, &slots_before) * UNIT_PAIRS + quarter * QUARTER;
+    const int heads = index < plan.window_tiles ? g.r : g.rs;
+    query = lola_device_at(g.q, batch, 0, kv_head * g.r + set * g.rs + min(lane / 4, heads - 1));
+  };
+  look_at_tile();
 
   /* Into L2 what will be read, and weights into registers. */
   float2 weights[PROJECTION_ROWS];
+  const float *const hidden = g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE) + warp * (QUARTER * WIDE);
+  const uint32_t own_barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&state_is_there[warp]));
   if (recalls) {
-    if (threadIdx.x == 0) prefetch_once(g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE), SMALL_F * WIDE * 4);
+    if (lane == 0) {
+      prefetch_once(hidden, QUARTER * WIDE * 4);
+      make_barrier(own_barrier);
+    }
     const float *const from = g.map.w_q + static_cast<int64_t>(head) * (WIDE * SMALL_M) + warp * SMALL_M + lane * 2;
 #pragma unroll
     for (int i = 0; i < PROJECTION_ROWS; i++) weights[i] = ask_weights(from + i * SMALL_WARPS * SMALL_M);
-  } else if (!is_state && threadIdx.x % THREADS == 0) {
-#pragma unroll 1
-    for (int tile = first_tile; tile < plan.tiles; tile += turn) {
-      int set;
-      int64_t before;
-      const int first = place_of(tile, &set, &before) * UNIT_PAIRS;
-      const bool sparse = tile >= plan.window_tiles;
-      const int bytes = min((sparse ? g.L : ring) - first, UNIT_PAIRS) * ROW_BYTES;
-      const int64_t at = (before + first) * ROW_BYTES;
-      prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
-      prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
-    }
+  } else if (index + lane * turn < plan.tiles) { /* a lane for each of the warp's tiles */
+    int its_set;
+    int64_t before;
+    const int from = place_of(index + lane * turn, &its_set, &before) * UNIT_PAIRS + quarter * QUARTER;
+    const bool sparse = index + lane * turn >= plan.window_tiles;
+    const int bytes = min((sparse ? g.L : ring) - from, QUARTER) * ROW_BYTES;
+    const int64_t at = (before + from) * ROW_BYTES;
+    prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
+    prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
   }
   if (threadIdx.x == 0) make_barrier(barrier);
   __syncwarp();
   small_cluster_arrive<true>();
+  const T *const own_query = reinterpret_cast<const T *>(lola_device_at(g.q, batch, 0, head)) + warp;
+  char *const out = lola_device_at(g.out, batch, 0, head);
   /* With an update's kernels between, this one has not begun before all that came before them has ended. */
   if (plan.awaits) lola_device_await_previous();
 
-  int64_t position = 0; /* who reads it uses it before the block's last barrier: then it may change */
-  if (is_state || first_tile < plan.window_tiles || plan.updates) position = __ldcg(g.tokens_seen + row);
-  int batch = row; /* and offset 0: there is but one token */
+  int64_t position = 0; /* who reads it uses it before it arrives below: then it may change */
+  if (plan.updates || (is_state ? warp == CLERK : has_window)) position = __ldcg(g.tokens_seen + row);
   if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
     int64_t start, stop;
     row_range(rows, row, &start, &stop);
-    if (rows.cu_seqlens.data) batch = 0;
     if (stop <= start) { /* idle */
       if (!plan.awaits) lola_device_await_previous();
       return;
     }
   }
-  float x = 0; /* lane i: the i-th element of q that this warp multiplies */
+  int pairs_of_set = 0; /* for the merge */
+  float gate = 0;
+  if (is_state && warp == CLERK) {
+    if (g.gate) gate = g.gate[head];
+    if (plan.sets) {
+      const int own_set = static_cast<int>(divided(static_cast<unsigned>(rank), plan.by_rs));
+      pairs_of_set = static_cast<int>(__ldcg(g.sparse_count + group * plan.sets + own_set));
+    }
+  }
+  unsigned short x = 0; /* lane i: the i-th element of q that this warp multiplies */
   if (recalls && lane < PROJECTION_ROWS)
-    x = static_cast<float>(reinterpret_cast<const T *>(lola_device_at(g.q, batch, 0, head))[warp + lane * SMALL_WARPS]);
+    x = __ldcg(reinterpret_cast<const unsigned short *>(own_query + lane * SMALL_WARPS));
   bool updated = false;
   if (plan.updates) {
     updated = position >= (__ldcg(g.chunks + row) + 1) * g.C && position >= plan.first_update;
     if (updated && !plan.awaits) lola_device_await_previous();
+    if (threadIdx.x == 0) is_updated = updated;
   }
-  if (threadIdx.x == 0) is_updated = updated;
-  small_cluster_wait(); /* the blocks that are sent to are there */
 
-  int pairs = 0; /* of the head's sparse set */
-  if (is_state && plan.sets) {
-    const int set = static_cast<int>(divided(static_cast<unsigned>(rank), plan.by_rs));
-    pairs = static_cast<int>(__ldcg(g.sparse_count + group * plan.sets + set));
-  }
-  uint4 h[QUARTER]; /* of the state: this warp's rows, this lane's columns */
-  float s = 0;
-  bool folded = false;
-  if (recalls) {
-    const float *const hidden =
-        g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE) + warp * (QUARTER * WIDE) + lane * 4;
-#pragma unroll
-    for (int i = 0; i < QUARTER; i++) h[i] = ask(hidden + i * WIDE);
-    folded = __ldcg(g.folded + state);
-    if (lane < QUARTER) s = __ldcg(g.normalizer + static_cast<int64_t>(state) * SMALL_F + warp * QUARTER + lane);
-  }
-  small_window window;
   if (is_state) {
-    int window_tiles, count; /* tiles: the window's, and with those of the set */
-    const auto look_up = [&] {
-      window = window_of(g, plan, position);
-      window_tiles = tiles_of(window.pairs);
-      count = window_tiles + tiles_of(pairs);
-      if (threadIdx.x > 0) return;
-      facts.ring_slot = window.ring_slot;
-      facts.window_tiles = window_tiles;
-      facts.tiles = count;
-      facts.gate = g.gate ? g.gate[head] : 0;
-      await_bytes(barrier, count * TILE_SENT);
-    };
-    float n[4] = {0, 0, 0, 0}, z = 0, *const parts = own, *const quarters = own + SMALL_WARPS * SMALL_M;
+    float n[4] = {0, 0, 0, 0},
+          z = 0, *const quarters = own + SMALL_F * WIDE, *const parts = quarters + SMALL_WARPS * WIDE;
     if (recalls) {
+      float *const h = own + warp * (QUARTER * WIDE);
+      if (lane == 0) {
+        await_bytes(own_barrier, QUARTER * WIDE * 4);
+        copy_bulk(h, hidden, QUARTER * WIDE * 4, own_barrier);
+      }
+      const bool folded = __ldcg(g.folded + state);
+      float s = 0;
+      if (lane < QUARTER) s = __ldcg(g.normalizer + static_cast<int64_t>(state) * SMALL_F + warp * QUARTER + lane);
+      const float factors = static_cast<float>(*reinterpret_cast<const T *>(&x));
       float sum[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < PROJECTION_ROWS; i++) {
-        const float factor = __shfl_sync(ALL, x, i);
+        const float factor = __shfl_sync(ALL, factors, i);
         sum[0] = fmaf(factor, weights[i].x, sum[0]);
         sum[1] = fmaf(factor, weights[i].y, sum[1]);
       }
       *reinterpret_cast<float2 *>(parts + warp * SMALL_M + lane * 2) = make_float2(sum[0], sum[1]);
       __syncthreads();
-      float phi[4];
-      look_up(); /* while it waits for one another */
-      small_features(parts, g.map.kind == LOLA_MAP_HEDGEHOG, phi);
-      const float mine = warp < 2 ? phi[0] : warp < 4 ? phi[1] : warp < 6 ? phi[2] : phi[3];
+      float phi[2];
+      small_features(parts, warp >= SMALL_WARPS / 2, g.map.kind == LOLA_MAP_HEDGEHOG, phi);
+      const float mine = warp / 2 % 2 ? phi[1] : phi[0];
       const int base = warp % 2 * QUARTER;
+      await_barrier(own_barrier);
 #pragma unroll
       for (int i = 0; i < QUARTER; i++) {
         const float f = __shfl_sync(ALL, mine, base + i);
-        n[0] = fmaf(f, __uint_as_float(h[i].x), n[0]);
-        n[1] = fmaf(f, __uint_as_float(h[i].y), n[1]);
-        n[2] = fmaf(f, __uint_as_float(h[i].z), n[2]);
-        n[3] = fmaf(f, __uint_as_float(h[i].w), n[3]);
+        float y[4];
+        load_floats<4>(h + i * WIDE + lane * 4, y);
+#pragma unroll
+        for (int e = 0; e < 4; e++) n[e] = fmaf(f, y[e], n[e]);
       }
       z = warp_sum(__fmul_rn(__shfl_sync(ALL, mine, base + lane % QUARTER), s)); /* s is 0 from lane QUARTER on */
       if (!folded) {                                                             /* whatever was there */
         n[0] = n[1] = n[2] = n[3] = 0;
         z = 0;
       }
-    } else {
-      look_up();
     }
     store_floats<4>(quarters + warp * WIDE + lane * 4, n);
     if (lane == 0) sums[warp][0].x = z;
-    const int missing = (MERGE - count % MERGE) % MERGE * (TILE_FLOATS / 4);
-    float4 *const behind = reinterpret_cast<float4 *>(tiles + (plan.window_tiles - window_tiles + count) * TILE_FLOATS);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < missing; i += SMALL_THREADS)
-      behind[i] = make_float4(i % (TILE_FLOATS / 4) < WIDE / 4 ? 0 : -INFINITY, 0, 0, 0);
+    if (warp == CLERK && lane == 0) {
+      facts.gate = gate;
+      facts.tiles = pairs_of_set;
+    }
+    small_cluster_wait();
   } else {
-    if (updated || first_tile < plan.window_tiles) window = window_of(g, plan, position);
+    small_window window;
+    if (updated || has_window) window = window_of(g, plan, position);
     bool exact = updated; /* asks for pairs that are, not for slots */
-    const int quarter = warp % WARPS, merge_step = g.r * SUM_PITCH;
+    const int merge_step = g.r * SUM_PITCH;
     float *const merge = own + warp / WARPS * WARPS * merge_step;
-    const float2(*const tile_sums)[MATRIX_HEADS] = sums + warp / WARPS * WARPS;
-    int index = first_tile;
+    small_cluster_wait(); /* the blocks that are sent to are there */
 #pragma unroll 1
     while (index < plan.tiles) {
-      int set;
-      int64_t before;
-      const int place = place_of(index, &set, &before), first = place * UNIT_PAIRS + quarter * QUARTER;
       const bool sparse = index >= plan.window_tiles;
+      const int heads = sparse ? g.rs : g.r;
       small_pairs pairs;
       int all = window.pairs; /* of the set or the window */
+      pairs.sources = nullptr;
       if (sparse) {
         all = static_cast<int>(__ldcg(g.sparse_count + group * plan.sets + set));
-        pairs.keys = static_cast<const char *>(g.sparse_keys) + before * ROW_BYTES;
-        pairs.values = static_cast<const char *>(g.sparse_values) + before * ROW_BYTES;
         pairs.slots = g.L;
         pairs.slot = first;
         pairs.there = g.L - first;
         pairs.newest = -1;
-        pairs.sources = updated ? g.slot_source + before : nullptr;
+        if (updated) pairs.sources = g.slot_source + slots_before;
       } else {
-        pairs.keys = static_cast<const char *>(g.window_keys) + before * ROW_BYTES;
-        pairs.values = static_cast<const char *>(g.window_values) + before * ROW_BYTES;
         pairs.slots = ring;
         pairs.slot = first + window.slot;
         if (pairs.slot >= ring) pairs.slot -= ring;
         pairs.there = all - first;
         pairs.newest = all - first - 1;
-        pairs.sources = nullptr;
       }
+      pairs.keys = static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + slots_before * ROW_BYTES;
+      pairs.values = static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + slots_before * ROW_BYTES;
       if (exact) pairs.there = all - first;
       if (pairs.there > 0) {
-        const char *const query =
-            lola_device_at(g.q, batch, 0, kv_head * g.r + set * g.rs + min(lane / 4, (sparse ? g.rs : g.r) - 1));
         const small_quarter asked = ask_quarter(g, query, pairs, batch, kv_head, group, window.ring_slot);
         asm volatile("" : "+r"(all)); /* nothing waits for it before the pairs are under way */
         const int count = all - first;
-        if (!exact && sparse && count > 0 &&
-            count < min(g.L - first, QUARTER)) { /* what lies behind them may be no numbers */
-          exact = true;
+        if (!exact && sparse && count > 0 && count < min(g.L - first, QUARTER)) {
+          exact = true; /* what lies behind them may be no numbers */
           continue;
         }
-        if (count > 0)
-          weigh_registers<T>(asked, sparse ? g.rs : g.r, count, g.scale, merge + quarter * merge_step, sums[warp]);
+        if (count > 0) weigh_registers<T>(asked, heads, count, g.scale, merge + quarter * merge_step, sums[warp]);
       }
+      const int count = all - (first - quarter * QUARTER); /* from the tile's first on */
+      const int place = first / UNIT_PAIRS, first_head = set * g.rs;
       index += turn;
-      const int count = all - place * UNIT_PAIRS; /* from the tile's first on */
+      look_at_tile();
       if (count <= 0) continue;
       tile_barrier();
       /* The window's tiles end where the set's begin. */
       const int to_tile = plan.window_tiles + place - (sparse ? 0 : tiles_of(window.pairs));
       const uint32_t slot = static_cast<uint32_t>(__cvta_generic_to_shared(tiles + to_tile * TILE_FLOATS));
 #pragma unroll 1
-      for (int h = quarter; h < (sparse ? g.rs : g.r); h += WARPS) {
-        float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) {
-          if (i * QUARTER >= count) break;
-          float part[4];
-          load_floats<4>(merge + i * merge_step + h * SUM_PITCH + lane * 4, part);
-          add_quarter(tile_sums[i][h].x, tile_sums[i][h].y, part, &high, &sum, o);
-        }
-        const uint32_t to = address_in(slot, set * g.rs + h), there = address_in(barrier, set * g.rs + h);
+      for (int h = quarter; h < heads; h += WARPS) {
+        float high, sum, o[4];
+        add_quarters(merge + h * SUM_PITCH + lane * 4, merge_step, sums + warp / WARPS * WARPS, h, count, &high, &sum,
+                     o);
+        const uint32_t to = address_in(slot, first_head + h), there = address_in(barrier, first_head + h);
         send(to + lane * 16, there, o);
         if (lane == 0) send(to + WIDE * 4, there, high, sum);
       }
@@ -603,48 +624,70 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     }
   }
 
-  __syncthreads();  /* the state's sums are written */
-  if (is_updated) { /* no block of the cluster may read the window ring any more when the call's pair is written */
+  __syncthreads(); /* the state's sums are written */
+  if (plan.updates &&
+      is_updated) { /* no block of the cluster may read the ring any more when the call's pair is written */
     small_cluster_arrive();
     small_cluster_wait();
   }
   if (is_state && warp < WARPS) {
     float n = 0, z = 0, high = -INFINITY, sum = 0, o = 0;
-    const float *const quarters = own + SMALL_WARPS * SMALL_M + threadIdx.x;
+    const float *const quarters = own + SMALL_F * WIDE + threadIdx.x;
 #pragma unroll
     for (int part = 0; part < SMALL_WARPS; part += WARPS) {
       n += add_groups(quarters + part * WIDE, WARPS, WIDE);
       z += add_groups(&sums[part][0].x, WARPS, 2 * MATRIX_HEADS);
     }
-    const float logit = lola_device_linear_logit(g.mixing, facts.gate, z);
-    char *const out = lola_device_at(g.out, batch, 0, head);
+    float logit = log2f(z);
+    facts_barrier<false>();
+    if (g.mixing == LOLA_MIXING_GATED) logit += facts.gate_logit;
     await_barrier(barrier);
     merge_tiles(tiles + (plan.window_tiles - facts.window_tiles) * TILE_FLOATS, facts.tiles, &high, &sum, &o);
     const lola_device_weights w = lola_device_mix(g.mixing, facts.gate, logit, high, sum, z);
     lola_device_store(out, threadIdx.x, g.out.dtype, fmaf(w.softmax, o, w.linear != 0 ? w.linear * n : 0));
     if (threadIdx.x == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, 0, head)) = w.share;
   }
-  if (warp < SMALL_WARPS - 1) return;
+  if (warp != CLERK) return;
+  int ring_slot = 0;
+  if (is_state) { /* what the merge needs to know */
+    const small_window window = window_of(g, plan, position);
+    const int window_tiles = tiles_of(window.pairs), count = window_tiles + tiles_of(facts.tiles);
+    const int missing = (MERGE - count % MERGE) % MERGE * (TILE_FLOATS / 4);
+    float4 *const behind = reinterpret_cast<float4 *>(tiles + (plan.window_tiles - window_tiles + count) * TILE_FLOATS);
+    __syncwarp(); /* all have read `tiles` */
+#pragma unroll 1
+    for (int i = lane; i < missing; i += 32)
+      behind[i] = make_float4(i % (TILE_FLOATS / 4) < WIDE / 4 ? 0 : -INFINITY, 0, 0, 0);
+    if (lane == 0) {
+      facts.window_tiles = window_tiles;
+      facts.tiles = count;
+      facts.gate_logit = lola_device_gate_logit(facts.gate);
+      await_bytes(barrier, count * TILE_SENT);
+    }
+    facts_barrier<true>();
+    ring_slot = window.ring_slot;
+  }
   if (!plan.awaits) lola_device_await_previous(); /* an update's kernel may still look at a counter of the row's */
   if (rank == 0) {                                /* the newest pair into its ring slot, and its score */
     const bool is_key = lane < 16;
-    const int64_t slot = static_cast<int64_t>(group) * ring + facts.ring_slot;
+    const int64_t slot = static_cast<int64_t>(group) * ring + ring_slot;
     const char *const from = lola_device_at(is_key ? g.k : g.v, batch, 0, kv_head);
     char *const to = static_cast<char *>(is_key ? g.window_keys : g.window_values) + slot * ROW_BYTES;
     reinterpret_cast<uint4 *>(to)[lane % 16] = reinterpret_cast<const uint4 *>(from)[lane % 16];
     if (g.scores.data && lane * g.rs < g.r) {
-      const int set = static_cast<int>(divided(static_cast<unsigned>(kv_head * g.r), plan.by_rs)) + lane;
+      const int own_set = static_cast<int>(divided(static_cast<unsigned>(kv_head * g.r), plan.by_rs)) + lane;
       float sum = 0;
 #pragma unroll 1
-      for (int h = set * g.rs; h < (set + 1) * g.rs; h++)
+      for (int h = own_set * g.rs; h < (own_set + 1) * g.rs; h++)
         sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, batch, 0, h));
-      g.window_given[(static_cast<int64_t>(row) * g.S + set) * ring + facts.ring_slot] = sum;
+      g.window_given[(static_cast<int64_t>(row) * g.S + own_set) * ring + ring_slot] = sum;
     }
   }
   if (lane == 31 && atomicAdd(arrivals + row, 1) == static_cast<unsigned>(plan.blocks * g.Hkv) - 1) {
     /* No block of the row will look at its counters. */
     arrivals[row] = 0;
-    const int64_t position = g.tokens_seen[row], chunk = position / g.C;
+    position = g.tokens_seen[row];
+    const int64_t chunk = position / g.C;
     g.tokens_seen[row] = position + 1;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
   }

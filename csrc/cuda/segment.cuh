@@ -207,13 +207,10 @@ typedef struct lola_device_weights {
   float softmax, linear, share;
 } lola_device_weights;
 
-/* The linear term's logit in base 2, of mixings that have one. */
-static __device__ inline float lola_device_linear_logit(lola_mixing mixing, float gate, float z) {
-  const float logit = log2f(z);
-  return mixing == LOLA_MIXING_GATED ? logit + log2f((1 - gate) / gate) : logit;
-}
+/* What the gate adds to the linear term's logit in base 2. */
+static __device__ inline float lola_device_gate_logit(float gate) { return log2f((1 - gate) / gate); }
 
-/* `logit` is lola_device_linear_logit's, for who knows z before m and l. */
+/* `logit`, of the linear term, where the mixing has one: for who knows z before m and l. */
 static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float logit, float m,
                                                              float l, float z) {
   lola_device_weights w = {0, 0, 0};
@@ -238,7 +235,9 @@ static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing,
 }
 
 static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l, float z) {
-  return lola_device_mix(mixing, gate, lola_device_linear_logit(mixing, gate, z), m, l, z);
+  float logit = log2f(z);
+  if (mixing == LOLA_MIXING_GATED) logit += lola_device_gate_logit(gate);
+  return lola_device_mix(mixing, gate, logit, m, l, z);
 }
 
 #endif
