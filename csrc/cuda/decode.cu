@@ -874,7 +874,7 @@ bool plan_small(const lola_device_segment &g, const decode_plan &p, const device
   int64_t blocks = tiles;
   if (groups * (g.r + blocks) > limits.processors) blocks = divided_up(tiles, TILES);
   if (blocks > widest - g.r) blocks = widest - g.r;
-  if (groups * (g.r + blocks) > static_cast<int64_t>(SMALL_GRID) * limits.processors) return false;
+  if (groups * (g.r + blocks) > static_cast<int64_t>(MOST_SMALL_BLOCKS) * limits.processors) return false;
   plan->blocks = g.r + static_cast<int>(blocks);
   plan->sets = g.L ? p.sets : 0;
   plan->window_tiles = static_cast<int>(p.window_tiles);
@@ -934,7 +934,8 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
   if (p.pipeline && is_hedgehog(g.map) && !g.stores_features && g.F == SMALL_F && aligned_weights(g) &&
       p.call_aligned && p.query_aligned) {
-    const int widest = g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
+    const int widest =
+        g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
     p.small = plan_small(g, p, *limits, widest, small);
   }
   *plan = p;

@@ -21,8 +21,9 @@ constexpr int CLERK = WARPS;                        /* the warp that looks after
 constexpr int TILES = SMALL_WARPS / WARPS;          /* that a block works on at a time */
 constexpr int TILE_FLOATS = WIDE + 4;               /* o, m, l of a head's tile in shared memory */
 constexpr int TILE_SENT = WIDE * 4 + 8;             /* bytes of it */
-constexpr int MOST_SMALL_TILES = 48;                /* that a head is sent */
-constexpr int MERGE = 12;                           /* tiles that a head adds at a time */
+constexpr int MOST_SMALL_BLOCKS = 3; /* per multiprocessor: from there on decode_pipeline.cuh is faster */
+constexpr int MOST_SMALL_TILES = 48; /* that a head is sent */
+constexpr int MERGE = 12;            /* tiles that a head adds at a time */
 /* Of a head: its state, N of the quarters, the warps' parts of q W. */
 constexpr int STATE_FLOATS = SMALL_F * WIDE + SMALL_WARPS * (WIDE + SMALL_M);
 static_assert(SMALL_WARPS * MATRIX_HEADS * SUM_PITCH <= STATE_FLOATS);

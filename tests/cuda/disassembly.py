@@ -34,6 +34,7 @@ MATRIX = {
     r"tensor_kernel<.*>": "HMMA",
     r"decode_kernel<(bf16|fp16), [01]>": "HMMA",
     r"decode_pipeline_kernel<(bf16|fp16)>": "HMMA",
+    r"decode_small_kernel<(bf16|fp16)>": "HMMA",
 }
 
 # Bytes of local memory that a kernel may have, and its reads and writes in main loops, as nvcc 13.0 compiles it for sm_90a.
