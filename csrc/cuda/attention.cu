@@ -167,7 +167,7 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
                    lola_message *message) {
   cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
   void *phi = nullptr;
-  if (!call->no_update) {
+  if (!call->no_update && !lola_cuda_update_projects(&g)) {
     pieces sizes = {nullptr};
     take_phi(&sizes, &g);
     lola_status status = lola_cuda_allocate(call->device, sizes.used, call->stream, &phi, message);
