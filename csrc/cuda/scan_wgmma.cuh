@@ -203,7 +203,7 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
 /* In each chunk: the helper arrives at the barrier `newcomers` once they are in place (if the chunk has an update) and
  * at HALVES once it needs neither the old halves nor the old tables; walkers wait there before they read the ones and
  * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
-enum { WALK = 1, CHUNK = 2, HALVES = 3 };
+enum { WALK = 1, CHUNK = 2, HALVES = 3, PROJECTED = 4 }; /* the last and three more: a warpgroup each */
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
@@ -416,9 +416,9 @@ __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i
   }
 }
 
-/* Calls visit(i, half, place, count) for fours of elements, h[i][2 half], h[i][2 half + 1] and those of i + 1, the first
- * `count` of which are H's: with the place of the first among the head's F x Dv, the others follow it. `count` is 4 for
- * kinds that read 16 bytes at a time. */
+/* Calls visit(i, half, place, count) for fours of elements, h[i][2 half], h[i][2 half + 1] and those of i + 1, the
+ * first `count` of which are H's: with the place of the first among the head's F x Dv, the others follow it. `count` is
+ * 4 for kinds that read 16 bytes at a time. */
 template <typename T, class Visit>
 __device__ __forceinline__ void for_each_hidden(const lola_device_segment &g, const block_place &block, Visit visit) {
   const int c = own_thread() % 4, first = block.column_block * COLUMNS;
@@ -1052,27 +1052,33 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   fence_async_proxy();
 }
 
-/* Writes the unit back, by the walkers. All blocks of the cluster have read what it begins with. */
+/* Writes down what the unit's slots hold, by threads 0 .. `threads` - 1: `count` pairs where it began with `before`,
+ * while `left` left the window. */
+__device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const scan_unit &unit, const tables &t,
+                                           int64_t before, int count, int64_t left, int thread, int threads) {
+  const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
+  for (int slot = thread; slot < count; slot += threads) {
+    g.slot_source[group * g.L + slot] = t.code[slot];
+    g.sparse_scores[group * g.L + slot] = t.score[slot];
+    if (t.code[slot] >= 0) g.sparse_positions[group * g.L + slot] = unit.base + t.code[slot];
+  }
+  if (thread == 0) g.sparse_count[group] = count;
+  for (int h = thread; h < g.rs; h += threads) /* what neither stayed nor entered was folded */
+    g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - (count - before);
+}
+
+/* Writes the unit back. All blocks of the cluster have read what it begins with. */
 template <typename T>
 __device__ __forceinline__ void end_unit(const lola_device_segment &g, const block_place &block, const scan_unit &unit,
                                          const tables &t, const cluster_progress &progress, const hidden_part &h,
                                          bool folded) {
   if (folded) store_state<T>(g, block, unit, t, h);
   if (block.rank == 0) {
-    const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
-    const int count = progress.count;
     const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
-    for (int slot = own_thread(); slot < count; slot += WALKERS) {
-      g.slot_source[group * g.L + slot] = t.code[slot];
-      g.sparse_scores[group * g.L + slot] = t.score[slot];
-      if (t.code[slot] >= 0) g.sparse_positions[group * g.L + slot] = unit.base + t.code[slot];
-    }
     const int64_t left = leaving.end > leaving.first ? leaving.end - leaving.first : 0;
-    const int64_t entered = count - g.sparse_count[group]; /* the rest of the pairs that left were folded */
-    walkers_sync();
-    if (own_thread() == 0) g.sparse_count[group] = count;
-    for (int h = own_thread(); h < g.rs; h += WALKERS)
-      g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - entered;
+    const int64_t before = g.sparse_count[static_cast<int64_t>(unit.row) * g.S + unit.set];
+    walkers_sync(); /* all have read it */
+    keep_pairs(g, unit, t, before, progress.count, left, own_thread(), WALKERS);
   }
 }
 
