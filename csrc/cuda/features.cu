@@ -261,6 +261,25 @@ __device__ __forceinline__ void store_chunk(const feature_job &job, char *to, in
   }
 }
 
+/* A head's weights (D, M) transposed into two halves of padded columns. */
+template <int COLUMNS>
+__device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloat16 *hi, __nv_bfloat16 *lo) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < COLUMNS * (pitch / 8); i += blockDim.x) {
+    const int m = i % COLUMNS, k = i / COLUMNS * 8;
+    const float *from = w + static_cast<int64_t>(k) * M + m;
+    float x[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = m < M && k < D ? __ldg(from + static_cast<int64_t>(j) * M) : 0;
+    unsigned h[4], l[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) lola_split_pair(x[2 * j], x[2 * j + 1], &h[j], &l[j]);
+    const int at = lola_swizzled(lola_column_row(m), k, pitch);
+    *reinterpret_cast<uint4 *>(hi + at) = make_uint4(h[0], h[1], h[2], h[3]);
+    *reinterpret_cast<uint4 *>(lo + at) = make_uint4(l[0], l[1], l[2], l[3]);
+  }
+}
+
 /* Begins to read a warp's rows, of which each lane knows one, into (ROWS, pitch) swizzled; what lies where there is no
  * row is left alone. */
 template <int ROWS>
@@ -286,6 +305,60 @@ __device__ __forceinline__ void fetch_rows(const char *own, int D, bool vector, 
       const char *from = row_from(i + lane / 16);
       if (from && k < D)
         lola_copy_async(x + lola_swizzled(i + lane / 16, k, pitch), from + static_cast<int64_t>(k) * 2);
+    }
+  }
+}
+
+/* A warp's ROWS of x times the weights, PRODUCTS * 8 columns at most. */
+template <typename T, int ROWS, int PRODUCTS>
+__device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloat16 *hi, const __nv_bfloat16 *lo, int D,
+                                        int M, int pitch, float (&acc)[ROWS / 16][PRODUCTS][4]) {
+  constexpr bool HALF = __is_same(T, __half);
+  /* Left: matrices (rows 0-7, piece 0), (8-15, 0), (0-7, 1), (8-15, 1); right: (rows 0-7, 0), (0-7, 1), (8-15, 0), ..
+   */
+  const int lane = threadIdx.x % 32, r = lane % 8, matrix = lane / 8;
+  const int left_row = r + (matrix & 1) * 8, right_row = r + (matrix >> 1) * 8;
+#pragma unroll
+  for (int m = 0; m < ROWS / 16; m++)
+#pragma unroll
+    for (int n = 0; n < PRODUCTS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[m][n][e] = 0;
+#pragma unroll(HALF ? 1 : 2)
+  for (int k = 0; k < D; k += 16) {
+    unsigned a[ROWS / 16][4], rest[ROWS / 16][4];
+#pragma unroll
+    for (int m = 0; m < ROWS / 16; m++) {
+      lola_load_rows(a[m], x + lola_swizzled(16 * m + left_row, k + (matrix >> 1) * 8, pitch));
+      if constexpr (HALF) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float2 pair = lola_widen<__half>(a[m][e]);
+          lola_split_pair(pair.x, pair.y, &a[m][e], &rest[m][e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < PRODUCTS; n += 2) {
+      if (32 * (n / 4) >= M) break;
+      const int at = lola_swizzled(8 * n + right_row, k + (matrix & 1) * 8, pitch);
+      unsigned high[4], low[4];
+      lola_load_rows(high, hi + at);
+      lola_load_rows(low, lo + at);
+#pragma unroll
+      for (int m = 0; m < ROWS / 16; m++)
+#pragma unroll
+        for (int two = 0; two < 2; two++) {
+          float(&sum)[4] = acc[m][n + two];
+          lola_mma(sum, a[m][0], a[m][1], a[m][2], a[m][3], high[2 * two], high[2 * two + 1]);
+          if constexpr (HALF)
+            lola_mma(sum, rest[m][0], rest[m][1], rest[m][2], rest[m][3], high[2 * two], high[2 * two + 1]);
+        }
+#pragma unroll
+      for (int m = 0; m < ROWS / 16; m++)
+#pragma unroll
+        for (int two = 0; two < 2; two++)
+          lola_mma(acc[m][n + two], a[m][0], a[m][1], a[m][2], a[m][3], low[2 * two], low[2 * two + 1]);
     }
   }
 }
@@ -366,8 +439,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
       lola_copy_wait<0>();
       __syncwarp();
       float acc[ROWS / 16][PRODUCTS][4];
-      const auto row_at = [&](int row, int k) { return x + lola_swizzled(row, k, pitch); };
-      project<T, ROWS, PRODUCTS>(row_at, hi, lo, g.D, M, pitch, acc);
+      project<T, ROWS, PRODUCTS>(x, hi, lo, g.D, M, pitch, acc);
       __syncwarp();
       if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
       lola_copy_commit();
@@ -377,9 +449,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
         for (int half = 0; half < 2; half++) {
           char *row = reinterpret_cast<char *>(
               __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(now), 16 * m + 8 * half + group));
-          finish_row(g.map.kind, acc[m], half, M, c, [&](int column, const unsigned(&y)[4]) {
-            if (row) store_chunk<Out>(job, row, column, y);
-          });
+          finish_row(g.map.kind, acc[m], half, M, c, row != nullptr,
+                     [&](int column, const unsigned(&y)[4]) { store_chunk<Out>(job, row, column, y); });
         }
     }
     run.count -= stop - run.first;

@@ -150,8 +150,8 @@ __device__ __forceinline__ void project_tile(const lola_device_segment &g, const
                                              float (&acc)[8][4]) {
   const uint32_t base = shared_address(wgmma_memory);
   pin(acc);
-#pragma unroll 1
-  for (int panel = 0; panel < g.D / 64; panel++) {
+#pragma unroll
+  for (int panel = 0; panel < T::panels; panel++) {
     const uint32_t keys = base + (panel * plan.rows + first) * ROW;
     const uint32_t high = wgmma_matrix(base + weights_at(g, plan, 0, 0, 8 * panel), 16),
                    low = wgmma_matrix(base + weights_at(g, plan, 1, 0, 8 * panel), 16);
@@ -207,9 +207,8 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = tile_row(0) + 8 * half;
-      finish_row(g.map.kind, reinterpret_cast<const float(&)[M / 8][4]>(acc), half, M, c,
+      finish_row(g.map.kind, reinterpret_cast<const float(&)[M / 8][4]>(acc), half, M, c, row < pairs,
                  [&](int column, const unsigned(&y)[4]) {
-                   if (row >= pairs) return;
                    const int at = phi_at(plan, first + row, column / 8);
                    const uint4 x = make_uint4(y[0], y[1], y[2], y[3]);
                    piece_at(at) = x;
@@ -440,8 +439,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
 /* Whether an update with this plan computes its features itself. */
 inline bool update_projects(const lola_device_segment &g, const cluster_plan &plan) {
   const bool hedgehog = g.map.kind == LOLA_MAP_HEDGEHOG || g.map.kind == LOLA_MAP_HEDGEHOG_EXP;
-  return plan.groups && hedgehog && !g.stores_features && g.F == 64 * plan.panels && g.D <= g.F && g.D % 64 == 0 &&
-         g.Dv % 8 == 0;
+  return plan.groups && hedgehog && !g.stores_features && g.F == 64 * plan.panels && g.D == g.F && g.Dv % 8 == 0;
 }
 
 inline const void *update_kernel_of(lola_dtype dtype, int panels) {
