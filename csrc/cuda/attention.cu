@@ -3,8 +3,8 @@
  * Prefill runs segment by segment, so that scratch does not grow with length: each is a range of offsets into the
  * call's arrays, and a kernel works out what of it enters which row. Scratch of a call comes from the stream's pool.
  * A scan that leaves much of the device free has attend of the segment before and features of the next one beside it.
- * Decoding keeps what it needs in the cache's workspace; only an update, which needs features of all its pairs for a
- * moment, takes more from the pool. */
+ * Decoding keeps what it needs in the cache's workspace; only an update that does not compute its features itself, and
+ * needs memory for those of all its pairs for a moment, takes more from the pool. */
 #include "chain.cuh"
 #include "device.cuh"
 #include "plan.cuh"
@@ -167,7 +167,7 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
                    lola_message *message) {
   cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
   void *phi = nullptr;
-  if (!call->no_update) {
+  if (!call->no_update && !lola_cuda_update_projects(&g)) {
     pieces sizes = {nullptr};
     take_phi(&sizes, &g);
     lola_status status = lola_cuda_allocate(call->device, sizes.used, call->stream, &phi, message);

@@ -1038,12 +1038,14 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const scratch_places places = places_in(scratch, g);
   if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
-    if (!status)
+    const bool projects = lola_cuda_update_projects(segment);
+    if (!status && projects) status = lola_cuda_update(segment, rows, plan.small, stream, message);
+    if (!status && !projects)
       status =
           lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
     lola_device_segment scanned = g;
     scanned.spans_are_old = !plan.small;
-    if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);
+    if (!status && !projects) status = lola_cuda_scan(&scanned, 0, stream, message);
     if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
   }
   if (status) return status;

@@ -13,13 +13,13 @@
 
 #include "cuda/chain.cuh"
 #include "cuda/device.cuh"
+#include "cuda/features_matrix.cuh"
 #include "cuda/plan.cuh"
 #include "cuda/scan.cuh"
 #include "cuda/steps.cuh"
 
 namespace {
 
-constexpr float FEATURE_FLOOR = 1e-12f;
 constexpr int TENSOR_THREADS = 256, PLAIN_THREADS = 256, PLAIN_ROWS = 32, GROUP = 8; /* at most */
 constexpr int RESERVED_SHARED = 8192;                                                /* for static shared memory */
 constexpr int KNOWN_ROWS = 1024; /* cache rows whose need is looked up once per block, if there are no more */
@@ -238,16 +238,6 @@ __device__ bool list_rows(const feature_job &job, row_list *list) {
 
 /* --- 16-bit x on the matrix units ------------------------------------------------------------------------------- */
 
-__device__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 /* 8 neighbouring features, rounded to bfloat16. */
 template <typename Out>
 __device__ __forceinline__ void store_chunk(const feature_job &job, char *to, int column, const unsigned (&y)[4]) {
@@ -269,13 +259,6 @@ __device__ __forceinline__ void store_chunk(const feature_job &job, char *to, in
       out[2 * i + 1] = z[i].y;
     }
   }
-}
-
-/* Two features, clamped and rounded; in this order, which gives the same as the other for less. */
-__device__ __forceinline__ unsigned finish_pair(float x, float y) {
-  const __nv_bfloat162 floor = __float2bfloat162_rn(FEATURE_FLOOR);
-  const __nv_bfloat162 pair = __hmax2(__floats2bfloat162_rn(x, y), floor);
-  return lola_pack(pair.x, pair.y);
 }
 
 /* A head's weights (D, M) transposed into two halves of padded columns. */
@@ -322,53 +305,6 @@ __device__ __forceinline__ void fetch_rows(const char *own, int D, bool vector, 
       const char *from = row_from(i + lane / 16);
       if (from && k < D)
         lola_copy_async(x + lola_swizzled(i + lane / 16, k, pitch), from + static_cast<int64_t>(k) * 2);
-    }
-  }
-}
-
-/* phi of one row whose projection lies in `acc`, 32 columns to each 4 products; `half` picks the fragment's rows. */
-template <typename Out, int PRODUCTS>
-__device__ __forceinline__ void finish_row(const feature_job &job, const float (&acc)[PRODUCTS][4], const int half,
-                                           int M, int c, char *to) {
-  unsigned y[4];
-  if (job.g.map.kind == LOLA_MAP_RELU) {
-#pragma unroll
-    for (int q = 0; q < PRODUCTS / 4; q++) {
-      const int column = 32 * q + 8 * c;
-#pragma unroll
-      for (int i = 0; i < 4; i++) y[i] = finish_pair(acc[4 * q + i][2 * half], acc[4 * q + i][2 * half + 1]);
-      if (to && column < M) store_chunk<Out>(job, to, column, y);
-    }
-    return;
-  }
-  float high = -INFINITY, low = INFINITY;
-#pragma unroll
-  for (int n = 0; n < PRODUCTS; n++) {
-    if (32 * (n / 4) + 8 * c < M) {
-      high = fmaxf(high, fmaxf(acc[n][2 * half], acc[n][2 * half + 1]));
-      low = fminf(low, fminf(acc[n][2 * half], acc[n][2 * half + 1]));
-    }
-  }
-  const float shift[2] = {quad_max(high), -quad_max(-low)};
-#pragma unroll
-  for (int sign = 0; sign < 2; sign++) {
-    constexpr float LOG2E = 1.44269504f;
-    const float factor = sign ? -LOG2E : LOG2E, base = __fmul_rn(shift[sign], factor);
-    float e[PRODUCTS * 2], sum = 0;
-#pragma unroll
-    for (int n = 0; n < PRODUCTS; n++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) e[2 * n + i] = lola_power_of_two(fmaf(acc[n][2 * half + i], factor, -base));
-      if (32 * (n / 4) + 8 * c < M) sum += e[2 * n] + e[2 * n + 1];
-    }
-    sum = quad_sum(sum);
-    const float scale = job.g.map.kind == LOLA_MAP_HEDGEHOG ? lola_reciprocal(sum) : 1;
-#pragma unroll
-    for (int q = 0; q < PRODUCTS / 4; q++) {
-      const int column = 32 * q + 8 * c;
-#pragma unroll
-      for (int i = 0; i < 4; i++) y[i] = finish_pair(e[8 * q + 2 * i] * scale, e[8 * q + 2 * i + 1] * scale);
-      if (to && column < M) store_chunk<Out>(job, to, sign * M + column, y);
     }
   }
 }
@@ -513,7 +449,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
         for (int half = 0; half < 2; half++) {
           char *row = reinterpret_cast<char *>(
               __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(now), 16 * m + 8 * half + group));
-          finish_row<Out>(job, acc[m], half, M, c, row);
+          finish_row(g.map.kind, acc[m], half, M, c, row != nullptr,
+                     [&](int column, const unsigned(&y)[4]) { store_chunk<Out>(job, row, column, y); });
         }
     }
     run.count -= stop - run.first;

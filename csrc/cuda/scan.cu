@@ -8,12 +8,13 @@
  * through global memory: every block writes its part of each pair's error, waits for the others, and then selects for
  * itself. All blocks are resident at once (a cooperative launch), groups take units in turn.
  * On Hopper 16-bit caches at the usual sizes go another way, scan_wgmma.cuh: a cluster of blocks with all pairs in
- * shared memory. Here is the scan for all other devices, sizes, types and scores. 16-bit caches score and fold on the
- * matrix units: features are bfloat16 by contract and so exact, H stands beside itself split into two bfloat16 halves
- * (2^-17), values are split where they are float16; sums are float32, and what a fold adds to H is summed for 64 pairs
- * and then added once. float32 caches use plain multiply-adds. Order of sums: within a part as the fragments lie, then
- * over column blocks, then over heads. It depends on nothing but the pair and the state, so a call's cut, the batch and
- * the grid leave no trace in any bit. */
+ * shared memory, which in decoding computes its features too (scan_update.cuh). Here is the scan for all other devices,
+ * sizes, types and scores. 16-bit caches score and fold on the matrix units: features are bfloat16 by contract and so
+ * exact, H stands beside itself split into two bfloat16 halves (2^-17), values are split where they are float16; sums
+ * are float32, and what a fold adds to H is summed for 64 pairs and then added once. float32 caches use plain
+ * multiply-adds. Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends
+ * on nothing but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
+#include "cuda/scan_update.cuh"
 #include "cuda/scan_wgmma.cuh"
 
 namespace {
@@ -947,7 +948,7 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   const pair_lists &lists = block.lists;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (threadIdx.x == 0) shared->unit = scan_unit_of(g, row, set, block.head, count);
+  if (threadIdx.x == 0) shared->unit = scan_unit_of(g, g.spans[row], row, set, block.head, count);
   __syncthreads();
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head];
@@ -1263,6 +1264,31 @@ int64_t exchange_bytes(const scan_plan &plan) {
   return (2 * blocks * plan.pairs * 4 + 15) / 16 * 16 + (plan.lists_shared ? 0 : blocks * plan.list_bytes);
 }
 
+/* How an update of decoding goes where it computes its features itself; with 0 `groups` where it does not. */
+lola_status make_update_plan(const lola_device_segment &g, wgmma_scan::cluster_plan *plan, lola_message *message) {
+  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
+  device_limits limits;
+  lola_status status = look_up_device(&limits, message);
+  if (!status) status = make_cluster_plan(sizes, limits, plan, message);
+  if (status) return status;
+  if (!wgmma_scan::update_projects(g, *plan) || plan->shared_bytes + wgmma_scan::POSITION_BYTES > limits.shared)
+    plan->groups = 0;
+  return LOLA_OK;
+}
+
+/* Lets the kernel use as much shared memory as there is, and clusters of more than 8 blocks; once per device. */
+cudaError_t allow_update(const void *kernel, const device_limits &limits) {
+  static thread_local struct {
+    const void *kernel;
+    int device;
+  } known = {nullptr, -1};
+  if (known.kernel == kernel && known.device == limits.device) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) known = {kernel, limits.device};
+  return error;
+}
+
 bool rows_aligned(const lola_array &x) {
   const int64_t item = lola_device_item(x.dtype);
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_b * item % 16 == 0 && x.stride_t * item % 16 == 0 &&
@@ -1293,6 +1319,26 @@ int lola_cuda_scan_leaves_room(const lola_device_segment *segment) {
   lola_message ignored; /* the scan says it */
   if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
   return clusters.groups && clusters.groups * clusters.blocks * 3 <= limits.processors * 2;
+}
+
+int lola_cuda_update_projects(const lola_device_segment *segment) {
+  wgmma_scan::cluster_plan plan;
+  lola_message ignored; /* the update says it */
+  return !make_update_plan(*segment, &plan, &ignored) && plan.groups;
+}
+
+lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, int awaits, cudaStream_t stream,
+                             lola_message *message) {
+  const lola_device_segment &g = *segment;
+  if (!g.B) return LOLA_OK;
+  device_limits limits;
+  wgmma_scan::cluster_plan plan;
+  lola_status status = look_up_device(&limits, message);
+  if (!status) status = make_update_plan(g, &plan, message);
+  if (status) return status;
+  cudaError_t error = allow_update(wgmma_scan::update_kernel_of(g.dtype, plan.panels), limits);
+  if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, awaits, stream);
+  return lola_cuda_status(error, "update", message);
 }
 
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message) {

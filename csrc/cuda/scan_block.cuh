@@ -82,10 +82,11 @@ __device__ float recall_error(const recall_scale &scale, float n, float v, float
   return fmaf(d, d, sum);
 }
 
-/* `count`: pairs in the set's sparse slots; `own`: which of the set's heads. */
-__device__ scan_unit scan_unit_of(const lola_device_segment &g, int row, int set, int own, int count) {
+/* `span`: the row's; `count`: pairs in the set's sparse slots; `own`: which of the set's heads. */
+__device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_device_span &span, int row, int set, int own,
+                                  int count) {
   scan_unit unit;
-  unit.span = g.spans[row];
+  unit.span = span;
   const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
   unit.base = unit.span.position - g.R;
   unit.last = (unit.span.position + unit.span.tokens - 1) / g.C;

@@ -203,7 +203,7 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
 /* In each chunk: the helper arrives at the barrier `newcomers` once they are in place (if the chunk has an update) and
  * at HALVES once it needs neither the old halves nor the old tables; walkers wait there before they read the ones and
  * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
-enum { WALK = 1, CHUNK = 2, HALVES = 3 };
+enum { WALK = 1, CHUNK = 2, HALVES = 3, PROJECTED = 4 }; /* the last and three more: a warpgroup each */
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
@@ -416,7 +416,9 @@ __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i
   }
 }
 
-/* Calls visit(i, e, place) for each element h[i][e] that is one of H's, with its place among the head's F x Dv. */
+/* Calls visit(i, half, place, count) for fours of elements, h[i][2 half], h[i][2 half + 1] and those of i + 1, the
+ * first `count` of which are H's: with the place of the first among the head's F x Dv, the others follow it. `count` is
+ * 4 for kinds that read 16 bytes at a time. */
 template <typename T, class Visit>
 __device__ __forceinline__ void for_each_hidden(const lola_device_segment &g, const block_place &block, Visit visit) {
   const int c = own_thread() % 4, first = block.column_block * COLUMNS;
@@ -424,12 +426,45 @@ __device__ __forceinline__ void for_each_hidden(const lola_device_segment &g, co
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i += 2) {
+      const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2;
+      const int count = T::vector ? 4 : min(g.Dv - column, 4);
+      if (row < g.F && column < g.Dv) visit(i, half, static_cast<int64_t>(row) * g.Dv + column, count);
+    }
+}
+
+/* The part of H at `hidden`, the head's; it is zero before. */
+template <typename T>
+__device__ __forceinline__ void load_hidden(const lola_device_segment &g, const block_place &block, const float *hidden,
+                                            hidden_part *h) {
+  for_each_hidden<T>(g, block, [&](int i, int half, int64_t place, int count) {
+    float four[4] = {0, 0, 0, 0};
+    if constexpr (T::vector) {
+      const float4 x = *reinterpret_cast<const float4 *>(hidden + place);
+      four[0] = x.x, four[1] = x.y, four[2] = x.z, four[3] = x.w;
+    } else {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int row = hidden_row(half), column = first + column_of(i / 4, c) + i % 4 * 2 + e;
-        if (row < g.F && column < g.Dv) visit(i, 2 * half + e, static_cast<int64_t>(row) * g.Dv + column);
-      }
+      for (int e = 0; e < 4; e++)
+        if (e < count) four[e] = hidden[place + e];
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) (*h)[i + e / 2][2 * half + e % 2] = four[e];
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ void store_hidden(const lola_device_segment &g, const block_place &block,
+                                             const hidden_part &h, float *hidden) {
+  for_each_hidden<T>(g, block, [&](int i, int half, int64_t place, int count) {
+    if constexpr (T::vector) {
+      *reinterpret_cast<float4 *>(hidden + place) =
+          make_float4(h[i][2 * half], h[i][2 * half + 1], h[i + 1][2 * half], h[i + 1][2 * half + 1]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (e < count) hidden[place + e] = h[i + e / 2][2 * half + e % 2];
+    }
+  });
 }
 
 /* h is zero before. */
@@ -438,7 +473,7 @@ __device__ void load_state(const lola_device_segment &g, const cluster_plan &pla
                            const scan_unit &unit, const tables &t, hidden_part *h) {
   const int64_t at = static_cast<int64_t>(unit.row) * g.Hq + unit.head;
   const float *H = g.hidden + at * g.F * g.Dv, *s = g.normalizer + at * g.F;
-  for_each_hidden<T>(g, block, [&](int i, int e, int64_t place) { (*h)[i][e] = H[place]; });
+  load_hidden<T>(g, block, H, h);
   if (has_state<T>()) store_halves(plan, *h);
   for (int i = own_thread(); i < 32 * T::panels; i += WALKERS) {
     const float x = 2 * i < g.F ? s[2 * i] : 0, y = 2 * i + 1 < g.F ? s[2 * i + 1] : 0;
@@ -453,7 +488,7 @@ __device__ void store_state(const lola_device_segment &g, const block_place &blo
                             const tables &t, const hidden_part &h) {
   const int64_t at = static_cast<int64_t>(unit.row) * g.Hq + unit.head;
   float *H = g.hidden + at * g.F * g.Dv, *s = g.normalizer + at * g.F;
-  for_each_hidden<T>(g, block, [&](int i, int e, int64_t place) { H[place] = h[i][e]; });
+  store_hidden<T>(g, block, h, H);
   for (int f = own_thread(); !block.column_block && f < g.F; f += WALKERS) s[f] = t.normalizer[f];
 }
 
@@ -925,7 +960,7 @@ __device__ __forceinline__ void enter_all(const lola_device_segment &g, const cl
 
 /* --- fold --------------------------------------------------------------------------------------------------------- */
 
-/* The newcomers' rows, which now hold what is dropped and zeros, into H and s, and the halves of both. */
+/* The newcomers' rows, which now hold what is dropped and zeros, into H and s, and the halves of s. */
 template <typename T>
 __device__ __forceinline__ void fold_newcomers(const lola_device_segment &g, const cluster_plan &plan, const tables &t,
                                                hidden_part *h) {
@@ -978,7 +1013,6 @@ __device__ __forceinline__ void fold_newcomers(const lola_device_segment &g, con
 #pragma unroll
       for (int e = 0; e < 4; e++) (*h)[i][e] += acc[i][e];
   }
-  if (has_state<T>()) store_halves(plan, *h);
 }
 
 /* --- a unit ------------------------------------------------------------------------------------------------------- */
@@ -1000,7 +1034,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
                                            cluster_progress *progress, int row, int set) {
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (own_thread() == 0) shared.unit = scan_unit_of(g, row, set, block.head, count);
+  if (own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, block.head, count);
   __syncthreads();
   const scan_unit &unit = shared.unit;
   progress->count = count;
@@ -1018,27 +1052,33 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   fence_async_proxy();
 }
 
+/* Writes down what the unit's slots hold, by threads 0 .. `threads` - 1: `count` pairs where it began with `before`,
+ * while `left` left the window. */
+__device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const scan_unit &unit, const tables &t,
+                                           int64_t before, int count, int64_t left, int thread, int threads) {
+  const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
+  for (int slot = thread; slot < count; slot += threads) {
+    g.slot_source[group * g.L + slot] = t.code[slot];
+    g.sparse_scores[group * g.L + slot] = t.score[slot];
+    if (t.code[slot] >= 0) g.sparse_positions[group * g.L + slot] = unit.base + t.code[slot];
+  }
+  if (thread == 0) g.sparse_count[group] = count;
+  for (int h = thread; h < g.rs; h += threads) /* what neither stayed nor entered was folded */
+    g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - (count - before);
+}
+
 /* Writes the unit back. All blocks of the cluster have read what it begins with. */
 template <typename T>
 __device__ __forceinline__ void end_unit(const lola_device_segment &g, const block_place &block, const scan_unit &unit,
                                          const tables &t, const cluster_progress &progress, const hidden_part &h,
                                          bool folded) {
-  const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
-  const int count = progress.count;
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
   if (folded) store_state<T>(g, block, unit, t, h);
   if (block.rank == 0) {
-    for (int slot = own_thread(); slot < count; slot += WALKERS) {
-      g.slot_source[group * g.L + slot] = t.code[slot];
-      g.sparse_scores[group * g.L + slot] = t.score[slot];
-      if (t.code[slot] >= 0) g.sparse_positions[group * g.L + slot] = unit.base + t.code[slot];
-    }
+    const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
     const int64_t left = leaving.end > leaving.first ? leaving.end - leaving.first : 0;
-    const int64_t entered = count - g.sparse_count[group]; /* the rest of the pairs that left were folded */
-    walkers_sync();
-    if (own_thread() == 0) g.sparse_count[group] = count;
-    for (int h = own_thread(); h < g.rs; h += WALKERS)
-      g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - entered;
+    const int64_t before = g.sparse_count[static_cast<int64_t>(unit.row) * g.S + unit.set];
+    walkers_sync(); /* all have read it */
+    keep_pairs(g, unit, t, before, progress.count, left, own_thread(), WALKERS);
   }
 }
 
@@ -1150,6 +1190,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
       fence_async_proxy();
       walkers_sync();
       fold_newcomers<T>(g, plan, t, &h);
+      if (has_state<T>()) store_halves(plan, h);
     } else {
       if (work.updates) barrier_wait(newcomers, turns->updates & 1);
       named_barrier_sync(HALVES, THREADS);

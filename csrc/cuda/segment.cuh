@@ -14,8 +14,9 @@
  * scratch take turns, and so do two copies of the cache's keys and values, of which commit reads one and writes the
  * other.
  *
- * Decoding (T = 1) runs decode.cu's first kernel, then features, scan and, where its main kernel does not do that itself,
- * commit of the sparse cache, which return at once when no row begins a chunk, then the main kernel. */
+ * Decoding (T = 1) runs decode.cu's first kernel, then features and scan or one kernel that does both, and, where its
+ * main kernel does not do that itself, commit of the sparse cache, which return at once when no row begins a chunk, then
+ * the main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH
 #define LOLA_CUDA_SEGMENT_CUH
 
@@ -101,6 +102,11 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int p
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message);
+/* Whether lola_cuda_update can do what features of the cache and a scan without `record` do in decoding, in one kernel
+ * that needs no spans. It runs beside the kernel before it, unless it `awaits` that. */
+int lola_cuda_update_projects(const lola_device_segment *segment);
+lola_status lola_cuda_update(const lola_device_segment *segment, const struct call_rows &rows, int awaits,
+                             cudaStream_t stream, lola_message *message);
 /* Whether a third of the device or more is left to kernels that run beside a scan of this segment's sizes. */
 int lola_cuda_scan_leaves_room(const lola_device_segment *segment);
 lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 MATRIX = {
     r"attend_wgmma_kernel<.*>": "HGMMA",
     r"attend_mma_kernel<.*>": "HMMA",
-    r"wgmma_scan::scan_wgmma_kernel<.*>": "HGMMA",
+    r"wgmma_scan::(scan|update)_wgmma_kernel<.*>": "HGMMA",
     r"scan_kernel<cache_kind<(bf16|fp16), .*>>": "HMMA",
     r"tensor_kernel<.*>": "HMMA",
     r"decode_kernel<(bf16|fp16), [01]>": "HMMA",
