@@ -1,5 +1,4 @@
-/* Host arrays on their way to a device and back: through page-locked memory, which is kept and grows on demand, so that
- * the device copies at its own speed while other pieces are packed and computed. */
+/* NumPy arrays of a call that runs on a device. */
 #ifndef LOLA_PYTHON_STAGING_H
 #define LOLA_PYTHON_STAGING_H
 

@@ -419,6 +419,17 @@ static lola_status event_wait(int device, void *handle, void *stream, lola_messa
   return LOLA_OK;
 }
 
+/* Says how things stand, and lets the event's stream do one thing more. */
+static lola_status event_query(int device, void *handle, int *done, lola_message *message) {
+  ONE_AT_A_TIME;
+  lola_status status = enter("event_query", message);
+  if (status) return status;
+  event *what = event_of(device, handle);
+  *done = what->done >= what->queued;
+  if (!*done) run_one(what->on);
+  return fault(message);
+}
+
 /* --- attention ------------------------------------------------------------------------------ */
 
 static int64_t item_of(lola_dtype dtype) { return dtype == LOLA_FLOAT32 ? 4 : 2; }
@@ -725,6 +736,7 @@ static const lola_cuda_api table = {
     event_destroy,
     event_record,
     event_wait,
+    event_query,
     attention,
     workspace_bytes,
     check_finite,
