@@ -130,6 +130,10 @@ lola_status staged_attention(call *call, const lola_cuda_call *raw, lola_message
   plan_call(&work);
   if (!work.plan.batch || !work.plan.tokens) return LOLA_OK;
   transfer transfer = {.device = device, .plan = &work.plan, .stream = call->stream, .context = &work};
+  if (call->out.opened.object) {
+    transfer.fresh = call->out.opened.data;
+    transfer.fresh_bytes = view_size(&call->out.opened) * call->out.opened.item_size;
+  }
   PyThread_acquire_lock(device->staging_lock, WAIT_LOCK);
   lola_status status = open_work(&work, &transfer, message);
   if (!status && call->raw.check_finite) { /* before anything is written, at the price of a second way to the device */

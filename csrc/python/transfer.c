@@ -4,6 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "core/message.h"
 #include "cpu/pool.h"
 
@@ -16,6 +20,11 @@ static const int64_t TASK_BYTES = INT64_C(256) << 10;
 static const int64_t SHORTEST_BYTES = INT64_C(10) << 20, LONGEST_BYTES = INT64_C(80) << 20;
 /* Up to here overlapping costs more than it saves. */
 static const int64_t AT_ONCE_BYTES = INT64_C(512) << 10;
+
+/* Of fresh memory, which the system gives a page of this size, or so many of the ordinary ones, at the first write. */
+static const int64_t REGION_BYTES = INT64_C(2) << 20;
+/* From here on what a caller gets is not kept in the caches. */
+static const int64_t STREAMED_BYTES = INT64_C(64) << 10;
 
 /* Some rows of a part in a piece (batch and tokens as one axis) and where they are in the block. */
 typedef struct task {
@@ -37,10 +46,9 @@ typedef struct block {
   atomic_int left;         /* tasks that are not done */
 } block;
 
-/* One direction. Blocks are used in turn, and counted at each step of their way:
- * in   filled from the arrays (`begun` once the tasks are given out), copied (`moved` once queued), free again
- * (`ended`); out  copied (`begun` once queued), emptied into the arrays (`moved` once the tasks are given out), free
- * again. */
+/* One direction. Blocks are used in turn, and counted at each step of their way.
+ *   in: filled from the arrays (begun: tasks are given out), copied (moved: it is queued), free again (ended)
+ *   out: copied (begun: it is queued), emptied into the arrays (moved: tasks are given out), free again (ended) */
 typedef struct flow {
   void *stream;
   block blocks[BLOCKS];
@@ -57,6 +65,9 @@ struct staging {
   void *ready;                               /* event: what the caller's stream held before */
 };
 
+/* The state of a region: a thread that finds a page missing while another one fills it would fill one as well. */
+enum { UNTOUCHED, IN_HAND, TOUCHED };
+
 typedef struct run {
   const transfer *transfer;
   const transfer_plan *plan;
@@ -64,6 +75,10 @@ typedef struct run {
   int64_t arrived, computed; /* pieces */
   piece next;                /* to be worked on */
   atomic_int over;
+  char *first_region;    /* the region that holds the first byte of fresh memory */
+  atomic_uchar *regions; /* NULL: no memory is fresh */
+  int64_t region_count;
+  _Atomic int64_t next_region;
   lola_status status;
   lola_message *message;
 } run;
@@ -122,33 +137,84 @@ int64_t transfer_bytes(const transfer_plan *plan) {
 
 /* --- tasks ---------------------------------------------------------------------------------- */
 
-static void move_bytes(const part *part, char *array, char *place, int64_t bytes) {
-  memcpy(part->output ? array : place, part->output ? place : array, (size_t)bytes);
+/* Writes past the caches: memory that is written whole need not be read first. */
+static void stream_bytes(char *target, const char *source, int64_t bytes) {
+#if defined(__SSE2__)
+  int64_t odd = -(intptr_t)target & 63;
+  memcpy(target, source, (size_t)odd);
+  for (target += odd, source += odd, bytes -= odd; bytes >= 64; target += 64, source += 64, bytes -= 64)
+    for (int i = 0; i < 64; i += 16)
+      _mm_stream_si128((__m128i *)(void *)(target + i), _mm_loadu_si128((const __m128i *)(const void *)(source + i)));
+  _mm_sfence();
+#endif
+  memcpy(target, source, (size_t)bytes);
 }
 
-static void move_tokens(const part *part, char *array, char *place, int64_t tokens) {
+/* Has a region's memory there. */
+static void touch(run *run, int64_t region) {
+  unsigned char found = UNTOUCHED;
+  if (atomic_compare_exchange_strong(&run->regions[region], &found, IN_HAND)) {
+    const transfer *transfer = run->transfer;
+    char *from = run->first_region + region * REGION_BYTES, *until = from + REGION_BYTES;
+    char *end = transfer->fresh + transfer->fresh_bytes;
+    if (from < transfer->fresh) from = transfer->fresh;
+    if (until > end) until = end;
+    for (; from < until; from += 4096) *(volatile char *)from = 0;
+    atomic_store(&run->regions[region], TOUCHED);
+    return;
+  }
+  for (int idle = 0; atomic_load(&run->regions[region]) != TOUCHED;) lola_pool_rest(idle++);
+}
+
+static void touch_all(run *run, const char *array, int64_t bytes) {
+  const transfer *transfer = run->transfer;
+  if (!run->regions || array < transfer->fresh || array >= transfer->fresh + transfer->fresh_bytes) return;
+  int64_t last = (array + bytes - 1 - run->first_region) / REGION_BYTES;
+  for (int64_t i = (array - run->first_region) / REGION_BYTES; i <= last; i++) touch(run, i);
+}
+
+/* A region that nothing has been copied to yet, if there is one left. */
+static int touch_one(run *run) {
+  if (!run->regions || atomic_load(&run->next_region) >= run->region_count) return 0;
+  int64_t region = atomic_fetch_add(&run->next_region, 1);
+  if (region >= run->region_count) return 0;
+  if (atomic_load(&run->regions[region]) == UNTOUCHED) touch(run, region);
+  return 1;
+}
+
+static void move_bytes(run *run, const part *part, char *array, char *place, int64_t bytes) {
+  if (part->output) touch_all(run, array, bytes);
+  if (!part->output)
+    memcpy(place, array, (size_t)bytes);
+  else if (bytes >= STREAMED_BYTES)
+    stream_bytes(array, place, bytes);
+  else
+    memcpy(array, place, (size_t)bytes);
+}
+
+static void move_tokens(run *run, const part *part, char *array, char *place, int64_t tokens) {
   int64_t token = row_bytes(part);
   int whole = part->heads == 1 || part->strides[2] == part->line;
   if (whole && (tokens == 1 || part->strides[1] == token)) {
-    move_bytes(part, array, place, tokens * token);
+    move_bytes(run, part, array, place, tokens * token);
     return;
   }
   for (int64_t t = 0; t < tokens; t++, place += token, array += part->strides[1]) {
     if (whole)
-      move_bytes(part, array, place, token);
+      move_bytes(run, part, array, place, token);
     else
       for (int64_t h = 0; h < part->heads; h++)
-        move_bytes(part, array + h * part->strides[2], place + h * part->line, part->line);
+        move_bytes(run, part, array + h * part->strides[2], place + h * part->line, part->line);
   }
 }
 
-static void do_task(const piece *piece, const task *task) {
+static void do_task(run *run, const piece *piece, const task *task) {
   const part *part = task->part;
   char *place = task->place;
   for (int64_t row = task->row, end = row + task->rows; row < end;) {
     int64_t b = row / piece->tokens, t = row % piece->tokens, tokens = piece->tokens - t;
     if (tokens > end - row) tokens = end - row;
-    move_tokens(part, part->data + b * part->strides[0] + (piece->first + t) * part->strides[1], place, tokens);
+    move_tokens(run, part, part->data + b * part->strides[0] + (piece->first + t) * part->strides[1], place, tokens);
     place += tokens * row_bytes(part);
     row += tokens;
   }
@@ -161,20 +227,20 @@ static void give_out(block *block) {
 }
 
 /* Does one of a block's tasks, if there is one to take. */
-static int do_one_of(block *block) {
+static int do_one_of(run *run, block *block) {
   uint64_t claims = atomic_load(&block->claims);
   if ((uint32_t)claims >= claims >> 32) return 0;
   claims = atomic_fetch_add(&block->claims, 1);
   if ((uint32_t)claims >= claims >> 32) return 0;
-  do_task(&block->piece, &block->tasks[(uint32_t)claims]);
+  do_task(run, &block->piece, &block->tasks[(uint32_t)claims]);
   atomic_fetch_sub(&block->left, 1);
   return 1;
 }
 
-static int do_one(flow *flow) {
+static int do_one(run *run, flow *flow) {
   int oldest = atomic_load(&flow->oldest);
   for (int i = 0; i < BLOCKS; i++)
-    if (do_one_of(&flow->blocks[(oldest + i) % BLOCKS])) return 1;
+    if (do_one_of(run, &flow->blocks[(oldest + i) % BLOCKS])) return 1;
   return 0;
 }
 
@@ -182,10 +248,10 @@ static int do_one(flow *flow) {
 static void help(run *run, int worker) {
   flow *flows[] = {&run->staging->in, &run->staging->out};
   for (int idle = 0; !atomic_load(&run->over);) {
-    if (do_one(flows[worker % 2]) || do_one(flows[1 - worker % 2])) {
+    if (do_one(run, flows[worker % 2]) || do_one(run, flows[1 - worker % 2])) {
       worker++;
       idle = 0;
-    } else {
+    } else if (!touch_one(run)) {
       lola_pool_rest(idle++);
     }
   }
@@ -361,7 +427,7 @@ static void lead(run *run) {
   while (!run->status && !(in_is_over(run) && out_is_over(run))) {
     int64_t before = steps_of(run);
     move_on(run);
-    if (run->status || steps_of(run) != before || do_one(&run->staging->in) || do_one(&run->staging->out))
+    if (run->status || steps_of(run) != before || do_one(run, &run->staging->in) || do_one(run, &run->staging->out))
       idle = 0;
     else
       lola_pool_rest(idle++);
@@ -434,8 +500,8 @@ static lola_status open_flow(const run *run, flow *flow, int64_t bytes, int64_t 
   return status;
 }
 
-static void do_all(const block *block) {
-  for (int i = 0; i < block->count; i++) do_task(&block->piece, &block->tasks[i]);
+static void do_all(run *run, const block *block) {
+  for (int i = 0; i < block->count; i++) do_task(run, &block->piece, &block->tasks[i]);
 }
 
 /* Little: one block each way, all in the order of the caller's stream. */
@@ -445,14 +511,24 @@ static lola_status run_at_once(run *run) {
   const block *in = next_block(run, &run->staging->in), *out = next_block(run, &run->staging->out);
   lola_status status = LOLA_OK;
   if (transfer->only != ONLY_OUT) {
-    do_all(in);
+    do_all(run, in);
     status = copy_block(run, in, 0, transfer->stream);
   }
   if (!status && transfer->work) status = transfer->work(transfer->context, &run->next, transfer->memory, run->message);
   if (!status && transfer->only != ONLY_IN) status = copy_block(run, out, 1, transfer->stream);
   if (!status) status = device->api->synchronize(device->number, transfer->stream, run->message);
-  if (!status && transfer->only != ONLY_IN) do_all(out);
+  if (!status && transfer->only != ONLY_IN) do_all(run, out);
   return status;
+}
+
+/* Fresh memory of many regions is touched by one thread each; without the memory to count them by it is not. */
+static void open_regions(run *run) {
+  const transfer *transfer = run->transfer;
+  if (transfer->fresh_bytes < 2 * REGION_BYTES) return;
+  int64_t before = (intptr_t)transfer->fresh % REGION_BYTES;
+  run->first_region = transfer->fresh - before;
+  run->region_count = (before + transfer->fresh_bytes + REGION_BYTES - 1) / REGION_BYTES;
+  run->regions = calloc((size_t)run->region_count, sizeof *run->regions);
 }
 
 static lola_status run_overlapped(run *run, int64_t bytes) {
@@ -461,7 +537,9 @@ static lola_status run_overlapped(run *run, int64_t bytes) {
   run->status = record(run, staging->ready, run->transfer->stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->in.stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->out.stream);
+  if (width > 1) open_regions(run);
   if (!run->status) lola_pool_run(width, width, take_part, run);
+  free(run->regions);
   return run->status;
 }
 

@@ -49,6 +49,8 @@ typedef struct transfer {
   char *memory; /* transfer_bytes on the device */
   void *stream; /* of the work, which may use `memory` */
   int only;     /* ONLY_IN, ONLY_OUT: not the other way; 0: both */
+  char *fresh;  /* memory of an output that nobody has written yet; NULL: all was */
+  int64_t fresh_bytes;
   /* Queues the work on a piece; NULL: there is none. */
   lola_status (*work)(void *context, const piece *piece, char *memory, lola_message *message);
   void *context;
