@@ -11,13 +11,13 @@
 #include "core/message.h"
 #include "cpu/pool.h"
 
-enum { BLOCKS = 8, MOST_TASKS = 32 };
+enum { BLOCKS = 8, MOST_TASKS = 32, ENOUGH_HELPERS = 4 };
 /* Of a block: large enough that a copy's start does not count. */
 static const int64_t BLOCK_BYTES = INT64_C(4) << 20;
 /* What a thread copies between arrays and blocks at a time. */
 static const int64_t TASK_BYTES = INT64_C(256) << 10;
 /* Of the shortest and the longest piece. */
-static const int64_t SHORTEST_BYTES = INT64_C(10) << 20, LONGEST_BYTES = INT64_C(80) << 20;
+static const int64_t SHORTEST_BYTES = INT64_C(10) << 20, LONGEST_BYTES = INT64_C(40) << 20;
 /* Up to here overlapping costs more than it saves. */
 static const int64_t AT_ONCE_BYTES = INT64_C(512) << 10;
 
@@ -74,7 +74,7 @@ typedef struct run {
   struct staging *staging;
   int64_t arrived, computed; /* pieces */
   piece next;                /* to be worked on */
-  atomic_int over;
+  atomic_int over, helpers;
   char *first_region;    /* the region that holds the first byte of fresh memory */
   atomic_uchar *regions; /* NULL: no memory is fresh */
   int64_t region_count;
@@ -87,14 +87,30 @@ typedef struct run {
 
 static int64_t row_bytes(const part *part) { return part->heads * part->line; }
 
-int64_t transfer_offset(const transfer_plan *plan, int part, int64_t tokens) {
+/* Bytes of the first `count` parts that go one way, in a piece of so many tokens. */
+static int64_t parts_bytes(const transfer_plan *plan, int count, int output, int64_t tokens) {
   int64_t used = 0;
-  for (int i = 0; i < part; i++) used += (plan->batch * tokens * row_bytes(&plan->parts[i]) + 255) / 256 * 256;
+  for (int i = 0; i < count; i++)
+    if (plan->parts[i].output == output) used += (plan->batch * tokens * row_bytes(&plan->parts[i]) + 255) / 256 * 256;
   return used;
 }
 
-static int64_t piece_bytes(const transfer_plan *plan, int64_t tokens) {
-  return transfer_offset(plan, plan->count, tokens);
+/* Results lie behind the inputs of the longest piece, so that one piece comes in where another has not gone out. */
+int64_t transfer_offset(const transfer_plan *plan, int part, int64_t tokens) {
+  int output = plan->parts[part].output;
+  int64_t inputs = output ? parts_bytes(plan, plan->count, 0, plan->longest) : 0;
+  return inputs + parts_bytes(plan, part, output, tokens);
+}
+
+/* From one piece in device memory to the next. */
+static int64_t pitch_of(const transfer_plan *plan) {
+  return parts_bytes(plan, plan->count, 0, plan->longest) + parts_bytes(plan, plan->count, 1, plan->longest);
+}
+
+static int64_t token_bytes(const transfer_plan *plan) {
+  int64_t bytes = 0;
+  for (int i = 0; i < plan->count; i++) bytes += plan->batch * row_bytes(&plan->parts[i]);
+  return bytes ? bytes : 1;
 }
 
 /* The first pieces double in length and the last ones halve. */
@@ -115,7 +131,7 @@ static void advance(const transfer_plan *plan, piece *piece) {
 }
 
 void transfer_cut(transfer_plan *plan, int64_t grain) {
-  int64_t token = piece_bytes(plan, 64) / 64 + 1, longest = 0;
+  int64_t token = token_bytes(plan), longest = 0;
   plan->shortest = SHORTEST_BYTES / token < 64 ? 64 : SHORTEST_BYTES / token;
   if (plan->shortest > grain) plan->shortest -= plan->shortest % grain;
   plan->longest = LONGEST_BYTES / token < plan->shortest ? plan->shortest : LONGEST_BYTES / token;
@@ -132,7 +148,7 @@ void transfer_leave(transfer_plan *plan) {
 }
 
 int64_t transfer_bytes(const transfer_plan *plan) {
-  return (plan->pieces < PIECES ? plan->pieces : PIECES) * piece_bytes(plan, plan->longest);
+  return (plan->pieces < PIECES ? plan->pieces : PIECES) * pitch_of(plan);
 }
 
 /* --- tasks ---------------------------------------------------------------------------------- */
@@ -150,36 +166,38 @@ static void stream_bytes(char *target, const char *source, int64_t bytes) {
   memcpy(target, source, (size_t)bytes);
 }
 
-/* Has a region's memory there. */
+/* Has a region's memory there, unless another thread is about it. */
 static void touch(run *run, int64_t region) {
-  unsigned char found = UNTOUCHED;
-  if (atomic_compare_exchange_strong(&run->regions[region], &found, IN_HAND)) {
-    const transfer *transfer = run->transfer;
-    char *from = run->first_region + region * REGION_BYTES, *until = from + REGION_BYTES;
-    char *end = transfer->fresh + transfer->fresh_bytes;
-    if (from < transfer->fresh) from = transfer->fresh;
-    if (until > end) until = end;
-    for (; from < until; from += 4096) *(volatile char *)from = 0;
-    atomic_store(&run->regions[region], TOUCHED);
-    return;
-  }
-  for (int idle = 0; atomic_load(&run->regions[region]) != TOUCHED;) lola_pool_rest(idle++);
-}
-
-static void touch_all(run *run, const char *array, int64_t bytes) {
   const transfer *transfer = run->transfer;
-  if (!run->regions || array < transfer->fresh || array >= transfer->fresh + transfer->fresh_bytes) return;
-  int64_t last = (array + bytes - 1 - run->first_region) / REGION_BYTES;
-  for (int64_t i = (array - run->first_region) / REGION_BYTES; i <= last; i++) touch(run, i);
+  unsigned char found = UNTOUCHED;
+  if (!atomic_compare_exchange_strong(&run->regions[region], &found, IN_HAND)) return;
+  char *from = run->first_region + region * REGION_BYTES, *until = from + REGION_BYTES;
+  char *end = transfer->fresh + transfer->fresh_bytes;
+  if (from < transfer->fresh) from = transfer->fresh;
+  if (until > end) until = end;
+  for (; from < until; from += 4096) *(volatile char *)from = 0;
+  atomic_store(&run->regions[region], TOUCHED);
 }
 
-/* A region that nothing has been copied to yet, if there is one left. */
+/* The next region that nobody has been at, if there is one left. */
 static int touch_one(run *run) {
   if (!run->regions || atomic_load(&run->next_region) >= run->region_count) return 0;
   int64_t region = atomic_fetch_add(&run->next_region, 1);
   if (region >= run->region_count) return 0;
-  if (atomic_load(&run->regions[region]) == UNTOUCHED) touch(run, region);
+  touch(run, region);
   return 1;
+}
+
+/* Before something is written to an array. Who would have to wait for a region goes on to later ones. */
+static void touch_all(run *run, const char *array, int64_t bytes) {
+  const transfer *transfer = run->transfer;
+  if (!run->regions || array < transfer->fresh || array >= transfer->fresh + transfer->fresh_bytes) return;
+  int64_t region = (array - run->first_region) / REGION_BYTES;
+  for (; region <= (array + bytes - 1 - run->first_region) / REGION_BYTES; region++) {
+    touch(run, region);
+    for (int idle = 0; atomic_load(&run->regions[region]) != TOUCHED;)
+      if (!touch_one(run)) lola_pool_rest(idle++);
+  }
 }
 
 static void move_bytes(run *run, const part *part, char *array, char *place, int64_t bytes) {
@@ -244,14 +262,18 @@ static int do_one(run *run, flow *flow) {
   return 0;
 }
 
-/* A worker takes from both directions in turn, so that neither waits for the other. */
+/* Workers take from both directions in turn, so that neither waits for the other. Fresh memory costs about two fifths
+ * of their time, and so many of them are at it for as long as there is some. */
 static void help(run *run, int worker) {
   flow *flows[] = {&run->staging->in, &run->staging->out};
-  for (int idle = 0; !atomic_load(&run->over);) {
-    if (do_one(run, flows[worker % 2]) || do_one(run, flows[1 - worker % 2])) {
-      worker++;
+  int touches = worker % 5 < 2;
+  atomic_fetch_add(&run->helpers, 1);
+  for (int idle = 0, turn = worker; !atomic_load(&run->over);) {
+    if ((touches && touch_one(run)) || do_one(run, flows[turn % 2]) || do_one(run, flows[1 - turn % 2]) ||
+        touch_one(run)) {
+      turn++;
       idle = 0;
-    } else if (!touch_one(run)) {
+    } else {
       lola_pool_rest(idle++);
     }
   }
@@ -299,7 +321,7 @@ static block *next_block(const run *run, flow *flow) {
 }
 
 static char *memory_of(const run *run, int64_t piece) {
-  return run->transfer->memory + piece % PIECES * piece_bytes(run->plan, run->plan->longest);
+  return run->transfer->memory + piece % PIECES * pitch_of(run->plan);
 }
 
 static lola_status copy_block(const run *run, const block *block, int output, void *stream) {
@@ -422,12 +444,18 @@ static int64_t steps_of(const run *run) {
   return in->begun + in->moved + in->ended + run->computed + out->begun + out->moved + out->ended;
 }
 
+/* With enough helpers the device has its orders sooner when this thread does not copy too. */
+static int lend_a_hand(run *run) {
+  if (atomic_load(&run->helpers) >= ENOUGH_HELPERS) return 0;
+  return do_one(run, &run->staging->in) || do_one(run, &run->staging->out);
+}
+
 static void lead(run *run) {
   int idle = 0;
   while (!run->status && !(in_is_over(run) && out_is_over(run))) {
     int64_t before = steps_of(run);
     move_on(run);
-    if (run->status || steps_of(run) != before || do_one(run, &run->staging->in) || do_one(run, &run->staging->out))
+    if (run->status || steps_of(run) != before || lend_a_hand(run))
       idle = 0;
     else
       lola_pool_rest(idle++);

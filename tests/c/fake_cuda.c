@@ -34,6 +34,7 @@ static const int64_t REGION = INT64_C(1) << 32; /* addresses per device */
 
 static int devices = 2, current;
 static int64_t limit = INT64_MAX; /* bytes that may be allocated on a device */
+static int64_t late;              /* how often a copy to the host is asked for before it happens */
 static char illegal[256];         /* the first thing that no program may do */
 static struct counter {
   char name[NAME_SIZE];
@@ -128,6 +129,7 @@ typedef struct operation {
 typedef struct stream {
   int device, capturing, destroyed;
   operation *first, **last;
+  int64_t asked;
   struct stream *next;
 } stream;
 
@@ -426,7 +428,12 @@ static lola_status event_query(int device, void *handle, int *done, lola_message
   if (status) return status;
   event *what = event_of(device, handle);
   *done = what->done >= what->queued;
-  if (!*done) run_one(what->on);
+  if (*done) return fault(message);
+  stream *on = what->on;
+  int to_host = on->first->run == run_copy && on->first->numbers[4] == LOLA_COPY_TO_HOST;
+  if (to_host && on->asked++ < late) return LOLA_OK;
+  on->asked = 0;
+  run_one(on);
   return fault(message);
 }
 
@@ -774,6 +781,7 @@ static PyObject *py_set(PyObject *module, PyObject *arguments) {
   if (!strcmp(name, "devices")) devices = (int)value;
   if (!strcmp(name, "current")) current = (int)value;
   if (!strcmp(name, "limit")) limit = value < 0 ? INT64_MAX : value;
+  if (!strcmp(name, "late")) late = value;
   Py_RETURN_NONE;
 }
 
