@@ -742,6 +742,21 @@ def test_a_failure_among_the_pieces_leaves_the_cache(fake, name, at):
 
 # ------------------------------------------------------------------------------------- kernels
 
+def test_large_arrays_of_the_kernels(fake, threads, rng):
+    """Of many blocks each way; one that is written in place."""
+    threads(3)
+    x, m = rng.normal(size=(1, 3000, 4, 64)).astype(np.float32), lola.EluPlusOne()
+    fk = lola.kernels.features(x, m, "k", 16, device="cuda")
+    assert_same_bits(fk, lola.kernels.features(x, m, "k", 16))
+    H, s = rng.random((1, 64, 64, 600), np.float32), rng.random((1, 64, 64), np.float32)
+    few, v = np.ascontiguousarray(x[:, :3]).repeat(16, 2) ** 2, rng.normal(size=(1, 3, 64, 600)).astype(np.float32)
+    H2, s2 = H.copy(), s.copy()
+    lola.kernels.fold(few, v, H, s, device="cuda")
+    lola.kernels.fold(few, v, H2, s2)
+    assert_same_bits(H, H2)
+    assert_same_bits(s, s2)
+
+
 def steps(data, give, device=None):
     """Each step on arrays as `give` makes them; the results in order."""
     rng = np.random.default_rng(0)

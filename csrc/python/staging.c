@@ -158,7 +158,7 @@ lola_status staged_attention(call *call, const lola_cuda_call *raw, lola_message
 
 /* --- plain arrays --------------------------------------------------------------------------- */
 
-static lola_status stage(device *device, void *stream, char *host, char *memory, int64_t bytes, int output,
+static lola_status stage(device *device, void *stream, char *host, char *memory, int64_t bytes, int output, int fresh,
                          lola_message *message) {
   transfer_plan plan = {.parts = {{.data = host, .strides = {0, 1, 1}, .heads = 1, .line = 1, .output = output}},
                         .count = 1,
@@ -166,6 +166,10 @@ static lola_status stage(device *device, void *stream, char *host, char *memory,
                         .tokens = bytes};
   transfer transfer = {
       .device = device, .plan = &plan, .memory = memory, .stream = stream, .only = output ? ONLY_OUT : ONLY_IN};
+  if (fresh) {
+    transfer.fresh = host;
+    transfer.fresh_bytes = bytes;
+  }
   transfer_leave(&plan);
   PyThread_acquire_lock(device->staging_lock, WAIT_LOCK);
   lola_status status = transfer_run(&transfer, message);
@@ -175,10 +179,10 @@ static lola_status stage(device *device, void *stream, char *host, char *memory,
 
 lola_status stage_in(device *device, void *stream, void *target, const void *source, int64_t bytes,
                      lola_message *message) {
-  return stage(device, stream, (char *)source, target, bytes, 0, message);
+  return stage(device, stream, (char *)source, target, bytes, 0, 0, message);
 }
 
-lola_status stage_out(device *device, void *stream, void *target, const void *source, int64_t bytes,
+lola_status stage_out(device *device, void *stream, void *target, const void *source, int64_t bytes, int fresh,
                       lola_message *message) {
-  return stage(device, stream, target, (char *)source, bytes, 1, message);
+  return stage(device, stream, target, (char *)source, bytes, 1, fresh, message);
 }
