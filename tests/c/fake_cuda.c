@@ -28,7 +28,8 @@ static void end_call(int *begun) {
 #define ONE_AT_A_TIME __attribute__((cleanup(end_call), unused)) int begun = pthread_mutex_lock(&calls)
 
 enum { MOST_DEVICES = 2, MOST_BLOCKS = 1 << 16, NAME_SIZE = 24, MOST_NAMES = 64 };
-static const int64_t REGION = INT64_C(1) << 32; /* addresses per device */
+static const int64_t REGION = INT64_C(1) << 34; /* addresses per device */
+static const int64_t PAGE = 4096;
 
 /* --- what tests can see and set ------------------------------------------------------------- */
 
@@ -239,6 +240,8 @@ static void run_release(operation *op) {
   live_bytes[found->device] -= found->bytes;
   char *from = shadow + (found->data - region);
   memset(from, 0xEE, (size_t)found->bytes);
+  int64_t odd = -(intptr_t)from & (PAGE - 1), whole = (found->bytes - odd) / PAGE * PAGE;
+  if (whole > 0) madvise(from + odd, (size_t)whole, MADV_DONTNEED); /* addresses are plenty, memory is not */
 }
 
 static void release(int device, void *data, void *stream) {
