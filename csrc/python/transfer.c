@@ -11,6 +11,8 @@
 #include "core/message.h"
 #include "cpu/pool.h"
 
+/* Page-locked are 2 * BLOCKS * BLOCK_BYTES, 64 MB for each device, and more only where one token's row is larger than a
+ * block. In device memory are PIECES * LONGEST_BYTES, 120 MB, and more only where 64 tokens take more than a piece. */
 enum { BLOCKS = 8, MOST_TASKS = 32, ENOUGH_HELPERS = 4 };
 /* Of a block: large enough that a copy's start does not count. */
 static const int64_t BLOCK_BYTES = INT64_C(4) << 20;
