@@ -168,11 +168,13 @@ class Gpu:
 
         def run():
             now = torch.cuda.current_stream()
-            for i, stream in enumerate(streams):
+            for stream in streams:
                 stream.wait_stream(now)
-                with torch.cuda.stream(stream):
-                    target, source = (there[i], here[i]) if i == 0 else (here[i], there[i])
-                    target.copy_(source, non_blocking=True)
+            with torch.cuda.stream(streams[0]):
+                there[0].copy_(here[0], non_blocking=True)
+            with torch.cuda.stream(streams[1]):
+                here[1].copy_(there[1], non_blocking=True)
+            for stream in streams:
                 now.wait_stream(stream)
 
         return lambda: self.timed(run)[0]

@@ -55,7 +55,8 @@ def attention(
         starts, stops: (B,) integers: only tokens starts[b] <= t < stops[b] enter row b; outputs elsewhere are zero.
         cu_seqlens: (N + 1,) integers: q, k and v hold one packed row, whose tokens cu_seqlens[i] to cu_seqlens[i + 1] enter
             row i of the cache.
-        device: None: where the cache or q lies. "cuda" or "cuda:1": also for NumPy arrays without a cache.
+        device: None: where the cache or q lies. "cuda" or "cuda:1": also for NumPy arrays without a cache. NumPy arrays come
+            and go in pieces, while the device computes; what lola takes for that does not grow with their length.
         stream: On a device the CUDA stream to run on, an object or an address, on which the result is ready; None: the
             current stream of the library that q is from.
         check: Whether non-finite values, and negative features, raise. Default: True on the CPU; False on a device, where

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import threading
 
 import lola
 import numpy as np
@@ -647,7 +648,83 @@ def test_long_numpy_arrays_go_in_pieces(fake, rows):
         assert not again.tokens_seen.any() and again._terms is None
 
 
-@pytest.mark.parametrize("name, at", [("attention", 1), ("attention", 3), ("copy", 9), ("allocate", 1), ("allocate", 2), ("event_wait", 4)])
+WIDE = Case(B=1, Hq=16, Hkv=16, D=256, Dv=256, F=4, window=16, chunk=16, sparse=4, mixing="gated")   # 64 KB a token
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("T", [1, 2, 15, 65, 319, 320, 321, 1111, 2600])
+def test_numpy_arrays_of_any_length(fake, threads, T, count):
+    """About the ends of blocks and pieces; results in memory that nobody has written yet, in the caller's, and in one whose
+    heads do not lie together."""
+    threads(count)
+    data = build(WIDE.but(T=T))
+    expected = run(data, plain := new_cache(data))
+    cache = device_cache(data)
+    got = run(data, cache)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert_same(cache, plain)
+    given = np.full_like(got, np.nan)
+    assert_same_bits(run(data, device_cache(data), out=given), got)
+    room = np.full((1, 18, T + 2, 260), 7, np.float32)
+    out = room[:, 1:-1, 1:-1, 2:-2].transpose(0, 2, 1, 3)
+    for name in "qkv":
+        data.stored[name] = np.repeat(data.stored[name], 2, axis=1)[:, ::2]
+    assert_same_bits(np.ascontiguousarray(run(data, device_cache(data), out=out)), got)
+    out[...] = 7
+    assert (room == 7).all()
+
+
+@pytest.mark.parametrize("T", [1111, 2600])
+def test_what_goes_back_may_be_late(fake, T):
+    """No piece comes in where an earlier one of another length has not gone out."""
+    data = build(WIDE.but(T=T))
+    expected = run(data, new_cache(data))
+    fake.set("late", 100)
+    try:
+        np.testing.assert_allclose(run(data, device_cache(data)), expected, atol=2e-5)
+    finally:
+        fake.set("late", 0)
+
+
+def test_memory_on_the_way_does_not_grow_with_length(fake):
+    """Pieces on the device and page-locked blocks are used again, within calls and from call to call."""
+    T = 16_000                                      # 1 GB there and back
+    data = build(WIDE.but(T=1000))
+    cache = device_cache(data)
+    run(data, cache)
+    before = fake.calls("allocate_host")
+    long = [np.broadcast_to(data.stored[n][:, :1], (1, T, 16, 256)) for n in "qkv"]
+    fake.set("limit", fake.live() + (500 << 20))
+    try:
+        assert lola.attention(*long, cache=cache, **options(data)).shape == (1, T, 16, 256)
+    finally:
+        fake.set("limit", -1)
+    assert fake.calls("allocate_host") == before
+
+
+def test_threads_may_call_at_once(fake, threads):
+    """One device's staging and one pool between callers of a device and of the CPU."""
+    threads(3)
+    data = build(WIDE.but(T=700))
+    expected = run(data, new_cache(data))
+    there = run(data, device_cache(data))
+    results = {}
+
+    def work(i):
+        results[i] = [run(data, device_cache(data) if i < 3 else new_cache(data)) for _ in range(3)]
+
+    callers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for i in range(4):
+        for got in results[i]:
+            assert_same_bits(got, there if i < 3 else expected)
+
+
+@pytest.mark.parametrize("name, at", [("attention", 1), ("attention", 3), ("copy", 9), ("copy", 40), ("allocate", 1), ("allocate", 2),
+                                      ("event_wait", 4), ("event_wait", 9), ("event_record", 7), ("event_query", 1), ("event_query", 60)])
 def test_a_failure_among_the_pieces_leaves_the_cache(fake, name, at):
     case = Case(B=2, T=4000, Hq=16, Hkv=8, D=64, Dv=64, window=16, chunk=16, sparse=4, map="elu_plus_one")
     data = build(case)
@@ -664,6 +741,21 @@ def test_a_failure_among_the_pieces_leaves_the_cache(fake, name, at):
 
 
 # ------------------------------------------------------------------------------------- kernels
+
+def test_large_arrays_of_the_kernels(fake, threads, rng):
+    """Of many blocks each way; one that is written in place."""
+    threads(3)
+    x, m = rng.normal(size=(1, 3000, 4, 64)).astype(np.float32), lola.EluPlusOne()
+    fk = lola.kernels.features(x, m, "k", 16, device="cuda")
+    assert_same_bits(fk, lola.kernels.features(x, m, "k", 16))
+    H, s = rng.random((1, 64, 64, 600), np.float32), rng.random((1, 64, 64), np.float32)
+    few, v = np.ascontiguousarray(x[:, :3]).repeat(16, 2) ** 2, rng.normal(size=(1, 3, 64, 600)).astype(np.float32)
+    H2, s2 = H.copy(), s.copy()
+    lola.kernels.fold(few, v, H, s, device="cuda")
+    lola.kernels.fold(few, v, H2, s2)
+    assert_same_bits(H, H2)
+    assert_same_bits(s, s2)
+
 
 def steps(data, give, device=None):
     """Each step on arrays as `give` makes them; the results in order."""

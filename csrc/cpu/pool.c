@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
@@ -149,4 +150,12 @@ void lola_pool_run(int64_t tasks, int width, lola_task task, void *context) {
   while (atomic_load(&busy)) pthread_cond_wait(&work_done, &guard);
   pthread_mutex_unlock(&guard);
   pthread_mutex_unlock(&owner);
+}
+
+void lola_pool_rest(int idle) {
+  static const struct timespec little = {0, 20000};
+  if (idle < 16 * SPINS)
+    pause_briefly();
+  else
+    nanosleep(&little, NULL);
 }

@@ -15,5 +15,7 @@ typedef void (*lola_task)(void *context, int64_t index, int worker);
 int lola_pool_width(int64_t tasks);
 /* Runs tasks 0 .. tasks-1, returns when all are done. */
 void lola_pool_run(int64_t tasks, int width, lola_task task, void *context);
+/* For a task that finds nothing to do, `idle` times in a row: spins at first, then sleeps for a little. */
+void lola_pool_rest(int idle);
 
 #endif

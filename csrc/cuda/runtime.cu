@@ -192,6 +192,14 @@ lola_status event_wait(int device, void *event, void *stream, lola_message *mess
   return lola_cuda_status(cudaStreamWaitEvent(as_stream(stream), as_event(event), 0), "cudaStreamWaitEvent", message);
 }
 
+lola_status event_query(int device, void *event, int *done, lola_message *message) {
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  const cudaError_t error = cudaEventQuery(as_event(event));
+  *done = error == cudaSuccess;
+  return error == cudaErrorNotReady ? LOLA_OK : lola_cuda_status(error, "cudaEventQuery", message);
+}
+
 }  // namespace
 
 lola_status lola_cuda_allocate(int device, int64_t bytes, void *stream, void **data, lola_message *message) {
@@ -234,6 +242,7 @@ const lola_cuda_api *lola_cuda_table(void) {
       event_destroy,
       event_record,
       event_wait,
+      event_query,
       lola_cuda_attention,
       lola_cuda_workspace_bytes,
       lola_cuda_check_finite,

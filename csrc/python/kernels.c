@@ -12,6 +12,7 @@ typedef struct stand_in {
   void *memory;
   char *host; /* where to bring it back, or NULL */
   int64_t bytes;
+  int fresh; /* nobody has written there yet */
 } stand_in;
 
 typedef struct step {
@@ -54,7 +55,7 @@ static void *stand_in_for(step *step, const void *source, int64_t bytes, char *h
   const lola_cuda_api *api = step->device->api;
   lola_message message;
   stand_in *made = &step->stand_ins[step->stand_in_count];
-  *made = (stand_in){.host = host, .bytes = bytes};
+  *made = (stand_in){.host = host, .bytes = bytes, .fresh = !source};
   lola_status status = api->allocate(step->device->number, bytes, step->stream, &made->memory, &message);
   if (!status) step->stand_in_count++;
   if (!status && source && bytes) {
@@ -155,7 +156,7 @@ static lola_status bring_back(step *step, lola_message *message) {
   for (int i = 0; i < step->stand_in_count && !status; i++) {
     const stand_in *made = &step->stand_ins[i];
     if (made->host && made->bytes)
-      status = stage_out(step->device, step->stream, made->host, made->memory, made->bytes, message);
+      status = stage_out(step->device, step->stream, made->host, made->memory, made->bytes, made->fresh, message);
   }
   return status;
 }

@@ -1,5 +1,4 @@
-/* Host arrays on their way to a device and back: through page-locked memory, which is kept and grows on demand, so that
- * the device copies at its own speed while other pieces are packed and computed. */
+/* NumPy arrays of a call that runs on a device. */
 #ifndef LOLA_PYTHON_STAGING_H
 #define LOLA_PYTHON_STAGING_H
 
@@ -11,10 +10,11 @@
 lola_status staged_attention(call *call, const lola_cuda_call *raw, lola_message *message);
 lola_status check_on_device(const call *call, const lola_cuda_call *raw, lola_message *message);
 
-/* Dense host memory to the device and back, in the stream's order; both return when the host's memory is free. */
+/* Dense host memory to the device and back, in the stream's order; both return when the host's memory is free. `fresh`:
+ * nobody has written it yet. */
 lola_status stage_in(device *device, void *stream, void *target, const void *source, int64_t bytes,
                      lola_message *message);
-lola_status stage_out(device *device, void *stream, void *target, const void *source, int64_t bytes,
+lola_status stage_out(device *device, void *stream, void *target, const void *source, int64_t bytes, int fresh,
                       lola_message *message);
 
 #endif

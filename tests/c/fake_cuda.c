@@ -28,12 +28,14 @@ static void end_call(int *begun) {
 #define ONE_AT_A_TIME __attribute__((cleanup(end_call), unused)) int begun = pthread_mutex_lock(&calls)
 
 enum { MOST_DEVICES = 2, MOST_BLOCKS = 1 << 16, NAME_SIZE = 24, MOST_NAMES = 64 };
-static const int64_t REGION = INT64_C(1) << 32; /* addresses per device */
+static const int64_t REGION = INT64_C(1) << 34; /* addresses per device */
+static const int64_t PAGE = 4096;
 
 /* --- what tests can see and set ------------------------------------------------------------- */
 
 static int devices = 2, current;
 static int64_t limit = INT64_MAX; /* bytes that may be allocated on a device */
+static int64_t late;              /* how often a copy to the host is asked for before it happens */
 static char illegal[256];         /* the first thing that no program may do */
 static struct counter {
   char name[NAME_SIZE];
@@ -128,6 +130,7 @@ typedef struct operation {
 typedef struct stream {
   int device, capturing, destroyed;
   operation *first, **last;
+  int64_t asked;
   struct stream *next;
 } stream;
 
@@ -237,6 +240,8 @@ static void run_release(operation *op) {
   live_bytes[found->device] -= found->bytes;
   char *from = shadow + (found->data - region);
   memset(from, 0xEE, (size_t)found->bytes);
+  int64_t odd = -(intptr_t)from & (PAGE - 1), whole = (found->bytes - odd) / PAGE * PAGE;
+  if (whole > 0) madvise(from + odd, (size_t)whole, MADV_DONTNEED); /* addresses are plenty, memory is not */
 }
 
 static void release(int device, void *data, void *stream) {
@@ -417,6 +422,22 @@ static lola_status event_wait(int device, void *handle, void *stream, lola_messa
   op->pointers[1] = what->on;
   op->numbers[0] = what->queued;
   return LOLA_OK;
+}
+
+/* Says how things stand, and lets the event's stream do one thing more. */
+static lola_status event_query(int device, void *handle, int *done, lola_message *message) {
+  ONE_AT_A_TIME;
+  lola_status status = enter("event_query", message);
+  if (status) return status;
+  event *what = event_of(device, handle);
+  *done = what->done >= what->queued;
+  if (*done) return fault(message);
+  stream *on = what->on;
+  int to_host = on->first->run == run_copy && on->first->numbers[4] == LOLA_COPY_TO_HOST;
+  if (to_host && on->asked++ < late) return LOLA_OK;
+  on->asked = 0;
+  run_one(on);
+  return fault(message);
 }
 
 /* --- attention ------------------------------------------------------------------------------ */
@@ -725,6 +746,7 @@ static const lola_cuda_api table = {
     event_destroy,
     event_record,
     event_wait,
+    event_query,
     attention,
     workspace_bytes,
     check_finite,
@@ -762,6 +784,7 @@ static PyObject *py_set(PyObject *module, PyObject *arguments) {
   if (!strcmp(name, "devices")) devices = (int)value;
   if (!strcmp(name, "current")) current = (int)value;
   if (!strcmp(name, "limit")) limit = value < 0 ? INT64_MAX : value;
+  if (!strcmp(name, "late")) late = value;
   Py_RETURN_NONE;
 }
 

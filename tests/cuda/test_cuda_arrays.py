@@ -174,6 +174,24 @@ def test_numpy_arrays_are_copied_there_and_back(dtype, case):
     assert_same_bits(given, expected)
 
 
+@pytest.mark.parametrize("T", [2, 31, 65, 511, 1023, 1024, 1025, 1599, 2047, 2048, 5000])
+def test_numpy_arrays_of_any_length(dtype, T):
+    """About the ends of pieces; results in memory that nobody has written yet, and in one whose heads do not lie together."""
+    data = build(LLAMA.but(Hq=32, Hkv=8, sparse=64, T=T, dtype=dtype))
+    plain, cache = new_cache(data), new_cache(data)
+    expected = array(call(data, plain))
+    arrays = [data.stored[n] for n in "qkv"]
+    assert_same_bits(lola.attention(*arrays, cache=cache, **options(data)), expected)
+    assert_same_memory(cache, plain, 32)
+    strided = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for x in arrays]
+    room = np.full((1, 32, T + 3, 128), 7, DTYPES[dtype])
+    out = room[:, :, 1:-2].transpose(0, 2, 1, 3)
+    assert lola.attention(*strided, cache=new_cache(data), out=out, **options(data)) is out
+    assert_same_bits(np.ascontiguousarray(out), expected)
+    out[...] = 7
+    assert (room == 7).all()
+
+
 def test_strided_numpy_arrays(dtype):
     data = build(WIDE.but(dtype=dtype))
     expected = run(data, new_cache(data))

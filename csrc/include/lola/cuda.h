@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { LOLA_CUDA_API_VERSION = 1 };
+enum { LOLA_CUDA_API_VERSION = 2 };
 #define LOLA_CUDA_CAPSULE "lola._cuda.api"
 
 /* Contiguous integers on the device, of 4 or 8 bytes; data NULL: not given. */
@@ -69,6 +69,8 @@ typedef struct lola_cuda_api {
   lola_status (*event_record)(int device, void *event, void *stream, lola_message *message);
   /* The stream waits for the event. */
   lola_status (*event_wait)(int device, void *event, void *stream, lola_message *message);
+  /* 1 in *done if what was queued before the event was last recorded is done. */
+  lola_status (*event_query)(int device, void *event, int *done, lola_message *message);
 
   /* --- attention --- */
   /* Appends to a cache whose buffers lie on the call's device, and writes outputs, zeros included for tokens that enter
