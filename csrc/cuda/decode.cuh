@@ -255,6 +255,20 @@ struct tile_target {
   int64_t step; /* floats from head to head */
 };
 
+/* How the sums of pairs join those of pairs before them: both are brought to the larger maximum. Every multiplication is
+ * rounded as it stands here, so that whoever joins the same sums gets the same bits. */
+struct joining {
+  float high, before, share;
+
+  __device__ __forceinline__ joining(float high_before, float high_next)
+      : high(fmaxf(high_before, high_next)), before(weight_below(high_before, high)),
+        share(weight_below(high_next, high)) {}
+
+  __device__ __forceinline__ float operator()(float x_before, float x_next) const {
+    return fmaf(share, x_next, __fmul_rn(before, x_before));
+  }
+};
+
 /* What the first `warps` of a block left for `heads` heads, in order of warp: maximum and sum of head h at
  * sums[(w * pitch + h) * 2], o at merge[w * warp_step + h * head_step]. */
 __device__ __forceinline__ void merge_warps(const decode_plan &plan, const float *merge, int warp_step, int head_step,
@@ -271,17 +285,16 @@ __device__ __forceinline__ void merge_warps(const decode_plan &plan, const float
   while (h < heads) {
     float high = -INFINITY, total = 0, o[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int w = 0; w < WARPS; w++)
-      if (w < warps) high = fmaxf(high, sums[(w * pitch + h) * 2]);
-#pragma unroll
     for (int w = 0; w < WARPS; w++) {
       if (w >= warps) break;
-      const float share = weight_below(sums[(w * pitch + h) * 2], high);
+      const float *const own = sums + (w * pitch + h) * 2;
+      const joining join(high, own[0]);
       float x[4];
       load_floats<4>(merge + w * warp_step + h * head_step + quad * 4, x);
-      total = fmaf(share, sums[(w * pitch + h) * 2 + 1], total);
+      high = join.high;
+      total = join(total, own[1]);
 #pragma unroll
-      for (int e = 0; e < 4; e++) o[e] = fmaf(share, x[e], o[e]);
+      for (int e = 0; e < 4; e++) o[e] = join(o[e], x[e]);
     }
     float *partial = to.partial + (first_head + h) * to.step;
     store_floats<4>(partial + quad * 4, o);

@@ -306,6 +306,65 @@ __device__ __forceinline__ void keep_entered(const lola_device_segment &g, const
   }
 }
 
+/* Of a quarter and head `lane / 4` of those it serves: the largest logit in base 2, the sum of the weights below it, and
+ * those of the lane's four pairs as they go into the second product. */
+struct quarter_weights {
+  float high, sum;
+  unsigned p[4];
+};
+
+/* From products q k of the first `count` pairs, of which this lane has 2quad, 2quad + 1 and those 8 later. Words 0 and 2
+ * of a piece of q stood in the upper half of the left-hand matrix, 1 and 3 in the lower: of either product the other
+ * half is of no use. */
+template <typename T>
+__device__ __forceinline__ quarter_weights weights_of(const float (&s)[2][2][4], float scale, int count) {
+  const int quad = threadIdx.x % 4;
+  quarter_weights w;
+  w.high = -INFINITY;
+  w.sum = 0;
+  float weight[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float logit = (s[i][0][e] + s[i][1][2 + e]) * (scale * LOG2E);
+      weight[i][e] = 8 * i + 2 * quad + e < count ? logit : -INFINITY;
+      w.high = fmaxf(w.high, weight[i][e]);
+    }
+  w.high = fmaxf(w.high, __shfl_xor_sync(ALL, w.high, 1));
+  w.high = fmaxf(w.high, __shfl_xor_sync(ALL, w.high, 2));
+  /* A quarter without a pair keeps -inf; the lowest float stands in so that -inf - it stays -inf. */
+  const float shift = fmaxf(w.high, -3e38f);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float x = power_of_two(weight[i][0] - shift), y = power_of_two(weight[i][1] - shift);
+    w.sum += x + y;
+    split<T>(x, y, w.p[2 * i], w.p[2 * i + 1]);
+  }
+  w.sum += __shfl_xor_sync(ALL, w.sum, 1);
+  w.sum += __shfl_xor_sync(ALL, w.sum, 2);
+  return w;
+}
+
+/* Weighted values, columns 64 j + 16 quad .. + 15 of head `row`, from pieces row + 8 j of values 2quad, 2quad + 1,
+ * 2quad + 8, 2quad + 9. */
+template <typename T>
+__device__ __forceinline__ void weigh_values(const unsigned (&p)[4], const uint4 (&v)[4], float (&o)[16]) {
+  const unsigned words[4][4] = {{v[0].x, v[0].y, v[0].z, v[0].w},
+                                {v[1].x, v[1].y, v[1].z, v[1].w},
+                                {v[2].x, v[2].y, v[2].z, v[2].w},
+                                {v[3].x, v[3].y, v[3].z, v[3].w}};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const unsigned halves = i % 2 ? 0x7632 : 0x5410;
+    float c[4] = {0, 0, 0, 0};
+    mma<T>(c, p, __byte_perm(words[0][i / 2], words[1][i / 2], halves),
+           __byte_perm(words[2][i / 2], words[3][i / 2], halves));
+    o[i] = c[0] + c[2];
+    o[8 + i] = c[1] + c[3];
+  }
+}
+
 /* Softmax sums of this warp's quarter, into its place and `sums`. */
 template <typename T>
 __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, const decode_plan &plan, int heads,
@@ -315,8 +374,6 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
   /* Rows without a head repeat the last one; nobody reads their sums. */
   const char *const queries = stage + QUERIES_AT;
   const int head = min(row, heads - 1);
-  /* Words 0 and 2 of a piece of q stand in the upper half of the left-hand matrix, 1 and 3 in the lower: of either
-   * product the other half is of no use. */
   float s[2][2][4] = {};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -339,59 +396,22 @@ __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, cons
       mma<T>(s[i][1], lo, k[i].y, k[i].w);
     }
   }
-
-  /* Of head `row`: logits in base 2 of pairs 2quad, 2quad + 1 and those 8 later. */
-  float high = -INFINITY, sum = 0, weight[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float logit = (s[i][0][e] + s[i][1][2 + e]) * (g.scale * LOG2E);
-      weight[i][e] = warp * QUARTER + 8 * i + 2 * quad + e < count ? logit : -INFINITY;
-      high = fmaxf(high, weight[i][e]);
-    }
-  high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
-  high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
-  /* A warp without a pair keeps -inf; the lowest float stands in so that -inf - it stays -inf. */
-  const float shift = fmaxf(high, -3e38f);
-  unsigned p[4];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float x = power_of_two(weight[i][0] - shift), y = power_of_two(weight[i][1] - shift);
-    sum += x + y;
-    split<T>(x, y, p[2 * i], p[2 * i + 1]);
-  }
-  sum += __shfl_xor_sync(ALL, sum, 1);
-  sum += __shfl_xor_sync(ALL, sum, 2);
+  const quarter_weights w = weights_of<T>(s, g.scale, count - warp * QUARTER);
   if (quad == 0 && row < heads)
-    *reinterpret_cast<float2 *>(sums + (warp * MATRIX_HEADS + row) * 2) = make_float2(high, sum);
+    *reinterpret_cast<float2 *>(sums + (warp * MATRIX_HEADS + row) * 2) = make_float2(w.high, w.sum);
 
-  unsigned v[2][4][4]; /* pieces row and row + 8 of values 2quad, 2quad + 1, 2quad + 8, 2quad + 9 */
+  uint4 v[2][4];
 #pragma unroll
   for (int j = 0; j < 2; j++)
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-      const uint4 x =
-          *reinterpret_cast<const uint4 *>(quarter + value_place(2 * quad + n % 2 + n / 2 * 8, 8 * j + row));
-      v[j][n][0] = x.x;
-      v[j][n][1] = x.y;
-      v[j][n][2] = x.z;
-      v[j][n][3] = x.w;
-    }
+    for (int n = 0; n < 4; n++)
+      v[j][n] = *reinterpret_cast<const uint4 *>(quarter + value_place(2 * quad + n % 2 + n / 2 * 8, 8 * j + row));
   __syncwarp(); /* the sums take the pairs' place */
   float *merge = reinterpret_cast<float *>(quarter);
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     float o[16]; /* columns 64 j + 16 quad on, of head `row` */
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const unsigned halves = i % 2 ? 0x7632 : 0x5410;
-      float c[4] = {0, 0, 0, 0};
-      mma<T>(c, p, __byte_perm(v[j][0][i / 2], v[j][1][i / 2], halves),
-             __byte_perm(v[j][2][i / 2], v[j][3][i / 2], halves));
-      o[i] = c[0] + c[2];
-      o[8 + i] = c[1] + c[3];
-    }
+    weigh_values<T>(w.p, v[j], o);
     if (row < heads) store_floats<16>(merge + row * SUM_PITCH + 64 * j + 16 * quad, o);
   }
 }

@@ -267,7 +267,7 @@ __device__ __forceinline__ small_quarter ask_quarter(const lola_device_segment &
   return x;
 }
 
-/* Softmax sums of `count` pairs of a quarter, as weigh_quarter's, into `merge` (SUM_PITCH floats a head) and `sums`. */
+/* Softmax sums of `count` pairs of a quarter, into `merge` (SUM_PITCH floats a head) and `sums`. */
 template <typename T>
 __device__ __forceinline__ void weigh_registers(const small_quarter &x, int heads, int count, float scale, float *merge,
                                                 float2 *sums) {
@@ -282,47 +282,12 @@ __device__ __forceinline__ void weigh_registers(const small_quarter &x, int head
       mma<T>(s[i][1], q, x.k[i][j].y, x.k[i][j].w);
     }
   }
-  float high = -INFINITY, sum = 0, weight[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float logit = (s[i][0][e] + s[i][1][2 + e]) * (scale * LOG2E);
-      weight[i][e] = 8 * i + 2 * quad + e < count ? logit : -INFINITY;
-      high = fmaxf(high, weight[i][e]);
-    }
-  high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
-  high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
-  const float shift = fmaxf(high, -3e38f);
-  unsigned p[4];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float low = power_of_two(weight[i][0] - shift), up = power_of_two(weight[i][1] - shift);
-    sum += low + up;
-    split<T>(low, up, p[2 * i], p[2 * i + 1]);
-  }
-  sum += __shfl_xor_sync(ALL, sum, 1);
-  sum += __shfl_xor_sync(ALL, sum, 2);
-  if (quad == 0 && row < heads) sums[row] = make_float2(high, sum);
+  const quarter_weights w = weights_of<T>(s, scale, count);
+  if (quad == 0 && row < heads) sums[row] = make_float2(w.high, w.sum);
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    unsigned v[4][4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      v[n][0] = x.v[n][j].x;
-      v[n][1] = x.v[n][j].y;
-      v[n][2] = x.v[n][j].z;
-      v[n][3] = x.v[n][j].w;
-    }
     float o[16]; /* columns 64 j + 16 quad on, of head `row` */
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const unsigned halves = i % 2 ? 0x7632 : 0x5410;
-      float c[4] = {0, 0, 0, 0};
-      mma<T>(c, p, __byte_perm(v[0][i / 2], v[1][i / 2], halves), __byte_perm(v[2][i / 2], v[3][i / 2], halves));
-      o[i] = c[0] + c[2];
-      o[8 + i] = c[1] + c[3];
-    }
+    weigh_values<T>(w.p, {x.v[0][j], x.v[1][j], x.v[2][j], x.v[3][j]}, o);
     if (row < heads) store_floats<16>(merge + row * SUM_PITCH + 64 * j + 16 * quad, o);
   }
 }
@@ -342,14 +307,12 @@ __device__ __forceinline__ void add_quarters(const float *merge, int step, const
   *sum = o[0] = o[1] = o[2] = o[3] = 0;
 #pragma unroll
   for (int i = 0; i < WARPS; i++) {
-    const bool there = i * QUARTER < count;
-    const float higher = there ? fmaxf(*high, pair[i].x) : *high;
-    const float before = weight_below(*high, higher), share = weight_below(pair[i].x, higher);
-    *high = higher;
-    if (there) *sum = fmaf(share, pair[i].y, __fmul_rn(before, *sum));
+    if (i * QUARTER >= count) break;
+    const joining join(*high, pair[i].x);
+    *high = join.high;
+    *sum = join(*sum, pair[i].y);
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (there) o[e] = fmaf(share, x[i][e], __fmul_rn(before, o[e]));
+    for (int e = 0; e < 4; e++) o[e] = join(o[e], x[i][e]);
   }
 }
 
