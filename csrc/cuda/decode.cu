@@ -156,7 +156,7 @@ __device__ __forceinline__ void add_tiles(float2 pair, const float4 (&x)[N], flo
   const float higher = fmaxf(*high, warp_max(pair.x));
   const float before = weight_below(*high, higher), share = weight_below(pair.x, higher);
   *high = higher;
-  *sum = fmaf(before, *sum, warp_sum(share * pair.y));
+  *sum = fmaf(before, *sum, warp_sum(__fmul_rn(share, pair.y)));
 #pragma unroll
   for (int e = 0; e < 4; e++) o[e] *= before;
 #pragma unroll
