@@ -619,8 +619,8 @@ def test_numpy_there_and_back(fake, case):
 @pytest.mark.parametrize("rows", ["all", "padded", "packed"])
 def test_long_numpy_arrays_go_in_pieces(fake, rows):
     """Strided ones too; cut anywhere, so what the pieces hold equals the whole by invariant 1."""
-    T = 3000
-    case = Case(B=3 if rows != "packed" else 1, T=T, Hq=16, Hkv=8, D=64, Dv=64, window=16, chunk=16, sparse=4, map="elu_plus_one",
+    T, heads = 3000, 16 if rows != "packed" else 32
+    case = Case(B=3 if rows != "packed" else 1, T=T, Hq=heads, Hkv=heads // 2, D=64, Dv=64, window=16, chunk=16, sparse=4, map="elu_plus_one",
                 mixing="gated", score="external")
     data = build(case)
     more, batch = {}, case.B
@@ -634,7 +634,7 @@ def test_long_numpy_arrays_go_in_pieces(fake, rows):
     plain, cache = new_cache(data, batch), device_cache(data, batch=batch)
     expected = run(data, plain, **more)
     before = fake.calls("attention")
-    out = stretch(np.full((case.B, T, 16, 64), np.nan, np.float32))
+    out = stretch(np.full((case.B, T, heads, 64), np.nan, np.float32))
     assert run(data, cache, out=out, **more) is out
     assert fake.calls("attention") - before >= 3
     np.testing.assert_allclose(out, expected, atol=2e-5)
@@ -652,7 +652,7 @@ WIDE = Case(B=1, Hq=16, Hkv=16, D=256, Dv=256, F=4, window=16, chunk=16, sparse=
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("T", [1, 2, 15, 65, 319, 320, 321, 1111, 2600])
+@pytest.mark.parametrize("T", [1, 2, 15, 65, 639, 640, 641, 2600])
 def test_numpy_arrays_of_any_length(fake, threads, T, count):
     """About the ends of blocks and pieces; results in memory that nobody has written yet, in the caller's, and in one whose
     heads do not lie together."""
@@ -723,7 +723,7 @@ def test_threads_may_call_at_once(fake, threads):
             assert_same_bits(got, there if i < 3 else expected)
 
 
-@pytest.mark.parametrize("name, at", [("attention", 1), ("attention", 3), ("copy", 9), ("copy", 40), ("allocate", 1), ("allocate", 2),
+@pytest.mark.parametrize("name, at", [("attention", 1), ("attention", 3), ("copy", 9), ("copy", 25), ("allocate", 1), ("allocate", 2),
                                       ("event_wait", 4), ("event_wait", 9), ("event_record", 7), ("event_query", 1), ("event_query", 60)])
 def test_a_failure_among_the_pieces_leaves_the_cache(fake, name, at):
     case = Case(B=2, T=4000, Hq=16, Hkv=8, D=64, Dv=64, window=16, chunk=16, sparse=4, map="elu_plus_one")

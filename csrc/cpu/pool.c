@@ -154,7 +154,7 @@ void lola_pool_run(int64_t tasks, int width, lola_task task, void *context) {
 
 void lola_pool_rest(int idle) {
   static const struct timespec little = {0, 20000};
-  if (idle < 16 * SPINS)
+  if (idle < SPINS)
     pause_briefly();
   else
     nanosleep(&little, NULL);

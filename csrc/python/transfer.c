@@ -13,13 +13,13 @@
 
 /* Page-locked are 2 * BLOCKS * BLOCK_BYTES, 64 MB for each device, and more only where one token's row is larger than a
  * block. In device memory are PIECES * LONGEST_BYTES, 120 MB, and more only where 64 tokens take more than a piece. */
-enum { BLOCKS = 8, MOST_TASKS = 32, ENOUGH_HELPERS = 4 };
+enum { BLOCKS = 8, MOST_TASKS = 32 };
 /* Of a block: large enough that a copy's start does not count. */
 static const int64_t BLOCK_BYTES = INT64_C(4) << 20;
 /* What a thread copies between arrays and blocks at a time. */
 static const int64_t TASK_BYTES = INT64_C(256) << 10;
 /* Of the shortest and the longest piece. */
-static const int64_t SHORTEST_BYTES = INT64_C(10) << 20, LONGEST_BYTES = INT64_C(40) << 20;
+static const int64_t SHORTEST_BYTES = INT64_C(20) << 20, LONGEST_BYTES = INT64_C(40) << 20;
 /* Up to here overlapping costs more than it saves. */
 static const int64_t AT_ONCE_BYTES = INT64_C(512) << 10;
 
@@ -76,7 +76,7 @@ typedef struct run {
   struct staging *staging;
   int64_t arrived, computed; /* pieces */
   piece next;                /* to be worked on */
-  atomic_int over, helpers;
+  atomic_int over;
   char *first_region;    /* the region that holds the first byte of fresh memory */
   atomic_uchar *regions; /* NULL: no memory is fresh */
   int64_t region_count;
@@ -264,12 +264,11 @@ static int do_one(run *run, flow *flow) {
   return 0;
 }
 
-/* Workers take from both directions in turn, so that neither waits for the other. Fresh memory costs about two fifths
- * of their time, and so many of them are at it for as long as there is some. */
+/* Workers take from both directions in turn, so that neither waits for the other. One in five sees to fresh memory
+ * first, the others where nothing else is to be done. */
 static void help(run *run, int worker) {
   flow *flows[] = {&run->staging->in, &run->staging->out};
-  int touches = worker % 5 < 2;
-  atomic_fetch_add(&run->helpers, 1);
+  int touches = worker % 5 == 0;
   for (int idle = 0, turn = worker; !atomic_load(&run->over);) {
     if ((touches && touch_one(run)) || do_one(run, flows[turn % 2]) || do_one(run, flows[1 - turn % 2]) ||
         touch_one(run)) {
@@ -446,18 +445,12 @@ static int64_t steps_of(const run *run) {
   return in->begun + in->moved + in->ended + run->computed + out->begun + out->moved + out->ended;
 }
 
-/* With enough helpers the device has its orders sooner when this thread does not copy too. */
-static int lend_a_hand(run *run) {
-  if (atomic_load(&run->helpers) >= ENOUGH_HELPERS) return 0;
-  return do_one(run, &run->staging->in) || do_one(run, &run->staging->out);
-}
-
 static void lead(run *run) {
   int idle = 0;
   while (!run->status && !(in_is_over(run) && out_is_over(run))) {
     int64_t before = steps_of(run);
     move_on(run);
-    if (run->status || steps_of(run) != before || lend_a_hand(run))
+    if (run->status || steps_of(run) != before || do_one(run, &run->staging->in) || do_one(run, &run->staging->out))
       idle = 0;
     else
       lola_pool_rest(idle++);
@@ -564,6 +557,7 @@ static void open_regions(run *run) {
 static lola_status run_overlapped(run *run, int64_t bytes) {
   struct staging *staging = run->staging;
   int width = lola_pool_width(bytes / TASK_BYTES + 1);
+  width -= width / 8; /* a worker that loses its CPU to another thread holds up a whole block */
   run->status = record(run, staging->ready, run->transfer->stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->in.stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->out.stream);
