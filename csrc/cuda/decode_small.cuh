@@ -2,9 +2,10 @@
  * blocks for each (row, KV head), for the caches of decode_pipeline.cuh with Hedgehog's 128 features.
  *
  * The cluster's first r blocks have a query head each: phi(q), N and z of its state and, once the others have sent
- * their tiles, the merge. The others have the tiles of pairs, a warp for a quarter of one. All that a thread reads goes
- * straight to its registers and is asked for at once; where a block's part lies depends on its place alone, but for the
- * window. Tiles reach the head's block through distributed shared memory and count their bytes at its barrier.
+ * their tiles, the merge. The others have the tiles of pairs, a warp for a quarter of one. Pairs go straight to the
+ * registers of who multiplies them; a state comes by bulk copies, since loads of so much would hold up the shuffles of
+ * phi(q). All is asked for at once: where a block's part lies depends on its place alone, but for the window. Tiles
+ * reach the head's block through distributed shared memory and count their bytes at its barrier.
  *
  * Sums are in the order that decode_queries.cuh and the pipeline have: rows have the same bits in any batch. */
 #ifndef LOLA_CUDA_DECODE_SMALL_CUH
