@@ -761,38 +761,41 @@ __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cl
   }
 }
 
-/* The first position at or after which exactly `ties` of the pairs with the key `tied` lie. For each warp by itself. */
-__device__ int64_t find_last_positions(const lola_device_segment &g, const cluster_plan &plan, const scan_unit &unit,
-                                       const tables &t, int count, unsigned tied, int ties) {
-  const int lane = own_thread() % 32;
-  const auto of = [&](int row) -> int64_t { /* -1: not among them */
-                                            if (!is_pair(g, plan, count, row) || __float_as_uint(t.score[row]) != tied)
-                                              return -1;
-                                            return position_of(g, unit, t, row);
-  };
-  int64_t low = INT64_MAX, high = 0;
-  for (int row = lane; row < plan.rows; row += 32) {
-    const int64_t position = of(row);
-    if (position < 0) continue;
-    low = position < low ? position : low;
-    high = position > high ? position : high;
+/* Keys of a thread's rows. */
+struct row_keys {
+  unsigned own[OWN_ROWS];
+};
+
+/* Which of the thread's rows are among the `ties` latest of the pairs with the key `tied`, a bit each. The walkers:
+ * each knows its rows' positions, and they search for the first one to drop together, counting at `zeros`. Rarely
+ * called, so that no register is kept for it elsewhere. */
+__device__ __noinline__ unsigned find_latest(const lola_device_segment &g, const cluster_plan &plan,
+                                             const scan_unit &unit, const tables &t, unsigned tied, int ties,
+                                             row_keys key, unsigned *zeros) {
+  int64_t position[OWN_ROWS];
+#pragma unroll
+  for (int i = 0; i < OWN_ROWS; i++) {
+    position[i] = -1;
+    if (key.own[i] == tied) position[i] = position_of(g, unit, t, own_thread() + i * WALKERS);
   }
-  for (int i = 16; i; i /= 2) {
-    const int64_t other_low = __shfl_xor_sync(ALL, low, i), other_high = __shfl_xor_sync(ALL, high, i);
-    low = other_low < low ? other_low : low;
-    high = other_high > high ? other_high : high;
-  }
-  while (low < high) { /* at least `ties` lie at or after `low`, fewer after `high` */
+  int64_t low = 0, high = unit.span.position + unit.span.tokens;
+#pragma unroll 1
+  for (int turn = 0; low < high; turn++) { /* at least `ties` lie at or after `low`, fewer after `high` */
     const int64_t middle = low + (high - low + 1) / 2;
     unsigned after = 0;
-    for (int row = lane; row < plan.rows; row += 32) after += of(row) >= middle;
-    after = __reduce_add_sync(ALL, after);
-    if (after >= static_cast<unsigned>(ties))
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) after += __popc(__ballot_sync(ALL, position[i] >= middle));
+    if (own_thread() % 32 == 0 && after) atomicAdd(&zeros[turn], after);
+    walkers_sync();
+    if (zeros[turn] >= static_cast<unsigned>(ties))
       low = middle;
     else
       high = middle - 1;
   }
-  return low;
+  unsigned latest = 0;
+#pragma unroll
+  for (int i = 0; i < OWN_ROWS; i++) latest |= (position[i] >= low ? 1u : 0u) << i;
+  return latest;
 }
 
 /* Finds the `drops` lowest pairs, ties to the later position: t.drop and t.kept, for who waits for the walkers. Returns
@@ -808,9 +811,11 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
   int shift = shared.shift;
   unsigned base = shared.cut - min(shared.cut, BINS / 2u << shift);
   int likely = shift;
+  unsigned *zeros; /* bins that nobody has counted in yet */
 #pragma unroll 1
   for (int turn = 0;; turn++) {
-    unsigned *const bins = shared.bins[turn % 3], *const next = shared.bins[(turn + 1) % 3];
+    unsigned *const bins = shared.bins[turn % 3];
+    zeros = shared.bins[(turn + 1) % 3];
     unsigned before = 0;
 #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
@@ -821,7 +826,7 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     }
     if (lane == 0 && before) atomicAdd(&bins[BINS], before);
     /* Who still reads bins, reads those of the last turn. */
-    if (own_thread() <= BINS) next[own_thread()] = 0;
+    if (own_thread() <= BINS) zeros[own_thread()] = 0;
     walkers_sync();
     const uint2 own = *reinterpret_cast<const uint2 *>(&bins[2 * lane]);
     const int start = static_cast<int>(bins[BINS]), both = static_cast<int>(own.x + own.y);
@@ -854,15 +859,16 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     base = low;
     shift = max(0, 26 - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
   }
-  /* Where too many have the key `low`: those at or after this position. */
-  int64_t last = INT64_MAX;
-  if (until != drops) last = find_last_positions(g, plan, shared.unit, t, count, low, drops - below);
+  unsigned latest = 0; /* of too many that have the key `low` */
+  row_keys own_keys;
+#pragma unroll
+  for (int i = 0; i < OWN_ROWS; i++) own_keys.own[i] = key[i];
+  if (until != drops) latest = find_latest(g, plan, shared.unit, t, low, drops - below, own_keys, zeros);
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
     const int word = i * WARPS + warp;
     if (32 * word >= plan.rows) break;
-    bool dropped = key[i] < (until == drops ? high : low);
-    if (last != INT64_MAX && key[i] == low) dropped = position_of(g, shared.unit, t, 32 * word + lane) >= last;
+    const bool dropped = key[i] < (until == drops ? high : low) || latest >> i & 1;
     const unsigned bits = __ballot_sync(ALL, dropped);
     if (lane == 0) shared.dropped[word] = bits;
   }
