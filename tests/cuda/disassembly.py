@@ -10,6 +10,8 @@ without any, every innermost loop. It fails where
 
 - the module lacks code for a target of setup.py (or of LOLA_CUDA_ARCHS), or PTX of the last one,
 - a kernel of MATRIX is not there or lacks its instruction,
+- an instruction takes a descriptor of two registers from an odd one, which ptxas of CUDA 13.0 makes of copies with a cache
+  hint to an address that a whole warp shares: an illegal instruction,
 - a kernel of sm_90a uses more local memory than LOCAL allows.
 """
 
@@ -63,7 +65,7 @@ class Kernel:
     registers: int = 0
     shared: int = 0
     local: int = 0
-    count: Counter = field(default_factory=Counter)          # of HMMA, HGMMA, LOCAL
+    count: Counter = field(default_factory=Counter)          # of INSTRUCTION
     in_loops: int = 0                                        # of LOCAL, in main loops
 
 
@@ -132,7 +134,12 @@ def resources(kernels, cubin, cuobjdump):
 
 # ----------------------------------------------------------------------------------- instructions
 
-INSTRUCTION = {"HMMA": re.compile(r"\bHMMA\."), "HGMMA": re.compile(r"\bHGMMA\."), "LOCAL": re.compile(r"\b(?:LDL|STL)\b")}
+INSTRUCTION = {
+    "HMMA": re.compile(r"\bHMMA\."),
+    "HGMMA": re.compile(r"\bHGMMA\."),
+    "LOCAL": re.compile(r"\b(?:LDL|STL)\b"),
+    "ODD": re.compile(r"desc\\?\[UR\d*[13579]\\?\]"),
+}
 
 
 def graphs(cubin, nvdisasm):
@@ -243,6 +250,11 @@ def check_matrix(kernels, arch):
     return wrong
 
 
+def check_descriptors(kernels):
+    return [f"{name} holds {kernel.count['ODD']} instructions with a descriptor in an odd register"
+            for name, kernel in kernels.items() if kernel.count["ODD"]]
+
+
 def check_local(kernels):
     wrong = []
     for name, kernel in kernels.items():
@@ -267,7 +279,7 @@ def main():
     for name, k in kernels.items():
         print(f"{name:<{width}}  {k.registers:9}  {k.shared:6}  {k.local:5}  {k.count['HMMA']:4}  {k.count['HGMMA']:5}  "
               f"{k.count['LOCAL']:14}  {k.in_loops:13}")
-    wrong += check_matrix(kernels, options.arch) + (check_local(kernels) if options.arch == "sm_90a" else [])
+    wrong += check_matrix(kernels, options.arch) + check_descriptors(kernels) + (check_local(kernels) if options.arch == "sm_90a" else [])
     print("", *(wrong or ["as it should be"]), sep="\n")
     return bool(wrong)
 
