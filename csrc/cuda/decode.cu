@@ -549,14 +549,12 @@ __device__ __forceinline__ void advance(const lola_device_segment &g, const deco
   if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
 }
 
-/* A KV head whose units are all done: its outputs, and what the step leaves behind; `awaits`: an update's kernel may
- * still look at a counter of the row's. */
+/* A KV head whose units are all done: its outputs, and what the step leaves behind. */
 __device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
-                                             const group_facts &facts, bool awaits, const float *partials) {
+                                             const group_facts &facts, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
   merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
-  if (awaits) lola_device_await_previous();
   keep_newest(g, facts, newest);
 }
 
@@ -664,7 +662,7 @@ __device__ __forceinline__ void work_on(const lola_device_segment &g, const deco
         merges = last;
       }
       if (merges) {
-        finish_group(g, plan, facts, false, partials);
+        finish_group(g, plan, facts, partials);
         if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
       }
     }

@@ -258,8 +258,7 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
   *reinterpret_cast<uint4 *>(stage + REST_AT + query_place(head, piece)) = c.lo;
 }
 
-/* Asks for a unit and what its products have on the left, without `query_phi` all but the features; a warp for its
- * quarter. */
+/* Asks for a unit and what its products have on the left; a warp for its quarter. */
 template <typename T>
 __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
                                          const group_facts &facts, const work_unit &u, bool gathers,
@@ -278,7 +277,7 @@ __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const dec
   if (!(facts.folded >> u.which & 1)) return;
   const int64_t first = (static_cast<int64_t>(facts.group) * g.r + u.which) * g.F + u.tile * UNIT_PAIRS;
   const float *const from = g.hidden + (first + warp * QUARTER) * WIDE + lane * 4;
-  if (threadIdx.x < 32 && (query_phi || lane >= 16)) { /* 16 pieces of features, as many of s */
+  if (threadIdx.x < 32) { /* 16 pieces of features, as many of s */
     const float *const left = (lane < 16 ? query_phi : g.normalizer) + first + lane % 16 * 4;
     copy_async<16>(stage + (lane < 16 ? QUERIES_AT : REST_AT) + lane % 16 * PIECE, left);
   }
