@@ -16,7 +16,7 @@ constexpr int THREADS = 256;
 /* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
 constexpr int64_t SEGMENT_TOKENS = 8192;
 
-/* --- the plan ------------------------------------------------------------------------------------------------------ */
+/* --- the plan ---------------------------------------------------------------------------------------------------- */
 
 /* The spans of all segments, of `count` offsets each. Launched the ordinary way: it waits for all that is before it. */
 __global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
@@ -49,14 +49,13 @@ __global__ void zero_outside_kernel(const __grid_constant__ lola_device_segment 
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + THREADS - 1) / THREADS); }
 
-/* --- scratch ------------------------------------------------------------------------------------------------------- */
+/* --- scratch ----------------------------------------------------------------------------------------------------- */
 
 /* Hands out aligned pieces of a block; without a block it adds up. */
 struct pieces {
   char *base;
   int64_t used = 0;
-  template <class T>
-  void take(T *&pointer, int64_t bytes) {
+  template <class T> void take(T *&pointer, int64_t bytes) {
     pointer = base ? reinterpret_cast<T *>(base + used) : nullptr;
     used += (bytes + 255) / 256 * 256;
   }
@@ -106,7 +105,7 @@ void take_pairs(pieces *from, const lola_device_segment &g, lola_device_pairs *p
   from->take(pairs->sparse_values, slots * g.Dv * item);
 }
 
-/* --- the call ------------------------------------------------------------------------------------------------------ */
+/* --- the call ---------------------------------------------------------------------------------------------------- */
 
 lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
   const lola_shape &shape = cache->shape;
@@ -198,8 +197,8 @@ prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
   if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
   plan.count = longest;
   if (plan.overlaps) {
-    /* Segments of one length but the last, which is half as long: nothing runs beside its attend. In whole chunks, where
-     * these fit. */
+    /* Segments of one length but the last, which is half as long: nothing runs beside its attend. In whole chunks,
+     * where these fit. */
     const int64_t halves = 2 * ((rows.tokens + longest / 2 - 1) / longest) + 1;
     plan.count = (2 * rows.tokens + halves * g.C - 1) / (halves * g.C) * g.C;
     if (plan.count > longest) plan.count = longest;
@@ -241,10 +240,11 @@ int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &com
   return from.used;
 }
 
-/* Every kernel of the loop awaits all before it, but attend of the segment before and features of the next one's tokens,
- * which start once the scan's blocks have: whatever came before that scan has ended. Beside it they read spans, the
- * call's arrays and what their own segment's turn holds since then, and write outputs and features of the next turn,
- * which the last scan but one was the last to read. Commit awaits them before it overwrites the pairs that attend read.
+/* Every kernel of the loop awaits all before it, but attend of the segment before and features of the next one's
+ * tokens, which start once the scan's blocks have: whatever came before that scan has ended. Beside it they read spans,
+ * the call's arrays and what their own segment's turn holds since then, and write outputs and features of the next
+ * turn, which the last scan but one was the last to read. Commit awaits them before it overwrites the pairs that attend
+ * read.
  */
 lola_status prefill(const lola_device_segment &common, const call_rows &rows, const lola_cuda_call *call,
                     lola_message *message) {
@@ -252,8 +252,8 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
   const prefill_plan plan = plan_prefill(common, rows);
   lola_device_segment turns[2];
   void *scratch;
-  lola_status status = lola_cuda_allocate(call->device, lay_out_prefill(plan, common, nullptr, turns), call->stream,
-                                          &scratch, message);
+  lola_status status =
+      lola_cuda_allocate(call->device, lay_out_prefill(plan, common, nullptr, turns), call->stream, &scratch, message);
   if (status) return status;
   lay_out_prefill(plan, common, static_cast<char *>(scratch), turns);
   const auto segment_at = [&](int64_t i) {
@@ -291,7 +291,7 @@ call_rows rows_of(const lola_cuda_call *call) {
   return call_rows{call->starts, call->stops, call->cu_seqlens, call->tokens};
 }
 
-/* --- check_finite -------------------------------------------------------------------------------------------------- */
+/* --- check_finite ------------------------------------------------------------------------------------------------ */
 
 struct checked_input {
   lola_array array;
@@ -337,7 +337,7 @@ __global__ void check_index_kernel(const __grid_constant__ call_rows rows, int B
   if (wrong) atomicOr(odd, 1 << 6);
 }
 
-}  // namespace
+} // namespace
 
 int64_t lola_cuda_workspace_bytes(const lola_cache *cache, int device) {
   lola_message ignored;

@@ -5,17 +5,17 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, but in commit, in decoding's scan, which hold nobody up,
- * and in kernels beside others. Decoding's main kernel comes behind that scan and builds on it: once it has started,
- * features has begun behind its wait, so all that came before features has ended. An update that computes its features
- * itself (scan_update.cuh) comes in the place of both and runs beside the kernel of the queries: its last blocks await
- * that before they let the main kernel start.
+ * lola_device_start_next comes after lola_device_await_previous, but in commit, in decoding's scan, which hold nobody
+ * up, and in kernels beside others. Decoding's main kernel comes behind that scan and builds on it: once it has
+ * started, features has begun behind its wait, so all that came before features has ended. An update that computes its
+ * features itself (scan_update.cuh) comes in the place of both and runs beside the kernel of the queries: its last
+ * blocks await that before they let the main kernel start.
  *
- * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets the
- * next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that do
- * not await it (lola_device_begin and lola_device_end, `beside`). They may touch nothing that any of the others writes,
- * and write nothing that any of them touches; whatever came before these has ended. The last block of each awaits the
- * kernel before it after its own work: so who awaits the last of them has awaited them all. */
+ * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets
+ * the next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that
+ * do not await it (lola_device_begin and lola_device_end, `beside`). They may touch nothing that any of the others
+ * writes, and write nothing that any of them touches; whatever came before these has ended. The last block of each
+ * awaits the kernel before it after its own work: so who awaits the last of them has awaited them all. */
 #ifndef LOLA_CUDA_CHAIN_CUH
 #define LOLA_CUDA_CHAIN_CUH
 

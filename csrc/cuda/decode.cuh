@@ -255,8 +255,8 @@ struct tile_target {
   int64_t step; /* floats from head to head */
 };
 
-/* How the sums of pairs join those of pairs before them: both are brought to the larger maximum. Every multiplication is
- * rounded as it stands here, so that whoever joins the same sums gets the same bits. */
+/* How the sums of pairs join those of pairs before them: both are brought to the larger maximum. Every multiplication
+ * is rounded as it stands here, so that whoever joins the same sums gets the same bits. */
 struct joining {
   float high, before, share;
 

@@ -305,15 +305,15 @@ __device__ __forceinline__ void keep_entered(const lola_device_segment &g, const
   }
 }
 
-/* Of a quarter and head `lane / 4` of those it serves: the largest logit in base 2, the sum of the weights below it, and
- * those of the lane's four pairs as they go into the second product. */
+/* Of a quarter and head `lane / 4` of those it serves: the largest logit in base 2, the sum of the weights below it,
+ * and those of the lane's four pairs as they go into the second product. */
 struct quarter_weights {
   float high, sum;
   unsigned p[4];
 };
 
-/* From products q k of the first `count` pairs, of which this lane has 2quad, 2quad + 1 and those 8 later. Words 0 and 2
- * of a piece of q stood in the upper half of the left-hand matrix, 1 and 3 in the lower: of either product the other
+/* From products q k of the first `count` pairs, of which this lane has 2quad, 2quad + 1 and those 8 later. Words 0 and
+ * 2 of a piece of q stood in the upper half of the left-hand matrix, 1 and 3 in the lower: of either product the other
  * half is of no use. */
 template <typename T>
 __device__ __forceinline__ quarter_weights weights_of(const float (&s)[2][2][4], float scale, int count) {

@@ -13,7 +13,7 @@ lola_status lola_cuda_allocation_status(cudaError_t error, int64_t bytes, lola_m
 
 /* Makes a device current, and the one before it again at the end. */
 class lola_device_scope {
- public:
+public:
   lola_device_scope(int device, lola_message *message) {
     status = lola_cuda_status(cudaGetDevice(&before_), "cudaGetDevice", message);
     if (status || before_ == device) return;
@@ -27,7 +27,7 @@ class lola_device_scope {
   lola_device_scope &operator=(const lola_device_scope &) = delete;
   lola_status status;
 
- private:
+private:
   int before_ = 0;
   bool changed_ = false;
 };

@@ -27,7 +27,7 @@ constexpr uint64_t KEPT_BYTES = uint64_t(1) << 30;
 cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t as_event(void *event) { return static_cast<cudaEvent_t>(event); }
 
-/* --- the machine --------------------------------------------------------------------------------------------------- */
+/* --- the machine ------------------------------------------------------------------------------------------------- */
 
 lola_status device_count(int *count, lola_message *message) {
   *count = 0;
@@ -63,7 +63,7 @@ lola_status current_device(int *device, lola_message *message) {
   return lola_cuda_status(cudaGetDevice(device), "cudaGetDevice", message);
 }
 
-/* --- memory -------------------------------------------------------------------------------------------------------- */
+/* --- memory ------------------------------------------------------------------------------------------------------ */
 
 std::mutex pool_mutex;
 cudaMemPool_t pools[MAX_DEVICES];
@@ -106,9 +106,8 @@ lola_status copy(int device, void *target, const void *source, int64_t bytes, lo
   if (!bytes) return LOLA_OK;
   lola_device_scope scope(device, message);
   if (scope.status) return scope.status;
-  return lola_cuda_status(
-      cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), kind_of(kind), as_stream(stream)), "cudaMemcpyAsync",
-      message);
+  return lola_cuda_status(cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), kind_of(kind), as_stream(stream)),
+                          "cudaMemcpyAsync", message);
 }
 
 lola_status copy_rows(int device, void *target, int64_t target_pitch, const void *source, int64_t source_pitch,
@@ -116,10 +115,10 @@ lola_status copy_rows(int device, void *target, int64_t target_pitch, const void
   if (!bytes || !rows) return LOLA_OK;
   lola_device_scope scope(device, message);
   if (scope.status) return scope.status;
-  return lola_cuda_status(
-      cudaMemcpy2DAsync(target, static_cast<size_t>(target_pitch), source, static_cast<size_t>(source_pitch),
-                        static_cast<size_t>(bytes), static_cast<size_t>(rows), kind_of(kind), as_stream(stream)),
-      "cudaMemcpy2DAsync", message);
+  return lola_cuda_status(cudaMemcpy2DAsync(target, static_cast<size_t>(target_pitch), source,
+                                            static_cast<size_t>(source_pitch), static_cast<size_t>(bytes),
+                                            static_cast<size_t>(rows), kind_of(kind), as_stream(stream)),
+                          "cudaMemcpy2DAsync", message);
 }
 
 lola_status zero(int device, void *data, int64_t bytes, void *stream, lola_message *message) {
@@ -130,7 +129,7 @@ lola_status zero(int device, void *data, int64_t bytes, void *stream, lola_messa
                           message);
 }
 
-/* --- streams ------------------------------------------------------------------------------------------------------- */
+/* --- streams ----------------------------------------------------------------------------------------------------- */
 
 lola_status synchronize(int device, void *stream, lola_message *message) {
   lola_device_scope scope(device, message);
@@ -200,7 +199,7 @@ lola_status event_query(int device, void *event, int *done, lola_message *messag
   return error == cudaErrorNotReady ? LOLA_OK : lola_cuda_status(error, "cudaEventQuery", message);
 }
 
-}  // namespace
+} // namespace
 
 lola_status lola_cuda_allocate(int device, int64_t bytes, void *stream, void **data, lola_message *message) {
   *data = nullptr;

@@ -12,8 +12,8 @@
  * sizes, types and scores. 16-bit caches score and fold on the matrix units: features are bfloat16 by contract and so
  * exact, H stands beside itself split into two bfloat16 halves (2^-17), values are split where they are float16; sums
  * are float32, and what a fold adds to H is summed for 64 pairs and then added once. float32 caches use plain
- * multiply-adds. Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It depends
- * on nothing but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
+ * multiply-adds. Order of sums: within a part as the fragments lie, then over column blocks, then over heads. It
+ * depends on nothing but the pair and the state, so a call's cut, the batch and the grid leave no trace in any bit. */
 #include "cuda/scan_update.cuh"
 #include "cuda/scan_wgmma.cuh"
 

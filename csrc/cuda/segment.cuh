@@ -1,6 +1,6 @@
-/* A segment on the device: the tokens of one call that are worked on at a time (csrc/cpu/segment.h says the same for the
- * CPU). The host knows no row's position, so nothing here waits for the device: `plan` (attention.cu) writes one span per
- * segment and cache row, and every kernel reads where its row stands from there.
+/* A segment on the device: the tokens of one call that are worked on at a time (csrc/cpu/segment.h says the same for
+ * the CPU). The host knows no row's position, so nothing here waits for the device: `plan` (attention.cu) writes one
+ * span per segment and cache row, and every kernel reads where its row stands from there.
  *
  *   plan      spans of all segments; where each row's tokens begin and how many they are
  *   features  phi(k) of sparse slots and ring that this segment may score or fold, of its tokens, and phi(q)
@@ -15,8 +15,8 @@
  * other.
  *
  * Decoding (T = 1) runs decode.cu's first kernel, then features and scan or one kernel that does both, and, where its
- * main kernel does not do that itself, commit of the sparse cache, which return at once when no row begins a chunk, then
- * the main kernel. */
+ * main kernel does not do that itself, commit of the sparse cache, which return at once when no row begins a chunk,
+ * then the main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH
 #define LOLA_CUDA_SEGMENT_CUH
 
@@ -30,13 +30,13 @@
 
 /* One cache row's tokens in the segment. */
 typedef struct lola_device_span {
-  int64_t position;    /* of the first token: the row's tokens_seen when the segment begins */
+  int64_t position;     /* of the first token: the row's tokens_seen when the segment begins */
   int64_t batch, first; /* in the call's arrays: batch index and offset of the first token */
-  int32_t tokens;      /* 0: the row is idle */
-  int32_t token;       /* index of the first token in the per-token scratch arrays */
-  int32_t chunk;       /* index of the row's first chunk record */
-  int32_t chunks;      /* chunks that its tokens touch: position / C .. (position + tokens - 1) / C */
-  int64_t updated;     /* cache.chunks: the chunk whose update is done when the segment begins */
+  int32_t tokens;       /* 0: the row is idle */
+  int32_t token;        /* index of the first token in the per-token scratch arrays */
+  int32_t chunk;        /* index of the row's first chunk record */
+  int32_t chunks;       /* chunks that its tokens touch: position / C .. (position + tokens - 1) / C */
+  int64_t updated;      /* cache.chunks: the chunk whose update is done when the segment begins */
 } lola_device_span;
 
 /* The cache's keys and values, or a copy of them. */
@@ -45,7 +45,8 @@ typedef struct lola_device_pairs {
 } lola_device_pairs;
 
 /* Where a pair lies while the segment runs. code < 0: sparse slot -code - 1 as it was when the segment began;
- * code >= 0: position span.position - R + code, in the window ring while code < R, else the segment's token code - R. */
+ * code >= 0: position span.position - R + code, in the window ring while code < R, else the segment's token code - R.
+ */
 
 /* Features are stored as the cache's keys would be: bfloat16 beside 16-bit keys, else float32 ("feature type"). */
 typedef struct lola_device_segment {
@@ -69,9 +70,9 @@ typedef struct lola_device_segment {
   float *sparse_scores, *hidden, *normalizer, *window_given, *sparse_given;
   lola_device_pairs next; /* where commit writes: the four arrays above, or others, which then get all pairs */
   /* scratch of this segment */
-  int tokens;      /* rows of the per-token arrays */
-  int64_t longest; /* tokens of a cache row, at most */
-  int chunk_records; /* rows of the per-chunk arrays */
+  int tokens;              /* rows of the per-token arrays */
+  int64_t longest;         /* tokens of a cache row, at most */
+  int chunk_records;       /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
   int spans_are_old;       /* they were written two kernels before scan, or earlier */
   void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
@@ -85,16 +86,16 @@ typedef struct lola_device_segment {
   int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the segment */
   void *exchange;          /* scan's own: scores between its blocks */
   int64_t exchange_bytes;
-  unsigned *barriers;      /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
+  unsigned *barriers; /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
 } lola_device_segment;
 
 enum { LOLA_SCAN_BARRIERS = 1024 };
 
-/* --- launchers: one per step, each queues its kernels and returns the launch's status ------------------------------ */
+/* --- launchers: one per step, each queues its kernels and returns the launch's status ---------------------------- */
 
-/* Of the cache: slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a chunk);
- * of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows` (decoding, where nothing
- * else does) it writes the spans first. */
+/* Of the cache: slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a
+ * chunk); of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows` (decoding,
+ * where nothing else does) it writes the spans first. */
 enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
 lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
                                        const struct call_rows *rows, cudaStream_t stream, lola_message *message);
@@ -168,8 +169,8 @@ static __device__ inline int64_t lola_device_ring_slot(int64_t position, int64_t
 }
 
 /* Key of the pair `code` of a set; `kv_head` = set * Hkv / S. */
-static __device__ inline const char *lola_device_key(const lola_device_segment &g, const lola_device_span &span, int row,
-                                                     int set, int code) {
+static __device__ inline const char *lola_device_key(const lola_device_segment &g, const lola_device_span &span,
+                                                     int row, int set, int code) {
   int64_t item = lola_device_item(g.dtype), kv_head = set / (g.S / g.Hkv);
   if (code < 0)
     return static_cast<const char *>(g.sparse_keys) +
@@ -193,8 +194,8 @@ static __device__ inline const char *lola_device_value(const lola_device_segment
 }
 
 /* phi(k) of the pair `code` for query head `head`, F elements of the feature type (item bytes each). */
-static __device__ inline const char *lola_device_phi(const lola_device_segment &g, const lola_device_span &span, int row,
-                                                     int head, int code) {
+static __device__ inline const char *lola_device_phi(const lola_device_segment &g, const lola_device_span &span,
+                                                     int row, int head, int code) {
   int64_t item = lola_device_item(g.dtype);
   if (code < 0)
     return static_cast<const char *>(g.slot_phi) +
@@ -207,8 +208,8 @@ static __device__ inline const char *lola_device_phi(const lola_device_segment &
          ((static_cast<int64_t>(span.token) + code - g.R) * g.Hq + head) * g.F * item;
 }
 
-/* How a query's softmax sums (maximum m in base 2, sum l) and linear sums combine: out = softmax * O + linear * N, where
- * O = sum exp2(a_i - m) v_i. As lola_mix of csrc/cpu/attend.c. */
+/* How a query's softmax sums (maximum m in base 2, sum l) and linear sums combine: out = softmax * O + linear * N,
+ * where O = sum exp2(a_i - m) v_i. As lola_mix of csrc/cpu/attend.c. */
 typedef struct lola_device_weights {
   float softmax, linear, share;
 } lola_device_weights;
@@ -240,7 +241,8 @@ static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing,
   return w;
 }
 
-static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l, float z) {
+static __device__ inline lola_device_weights lola_device_mix(lola_mixing mixing, float gate, float m, float l,
+                                                             float z) {
   float logit = log2f(z);
   if (mixing == LOLA_MIXING_GATED) logit += lola_device_gate_logit(gate);
   return lola_device_mix(mixing, gate, logit, m, l, z);

@@ -728,33 +728,11 @@ static lola_status attend(const lola_attend_call *call, int device, void *stream
 }
 
 static const lola_cuda_api table = {
-    LOLA_CUDA_API_VERSION,
-    device_count,
-    current_device,
-    allocate,
-    release,
-    allocate_host,
-    release_host,
-    copy,
-    copy_rows,
-    zero,
-    synchronize,
-    stream_create,
-    stream_destroy,
-    capturing,
-    event_create,
-    event_destroy,
-    event_record,
-    event_wait,
-    event_query,
-    attention,
-    workspace_bytes,
-    check_finite,
-    features,
-    score,
-    step_select,
-    fold,
-    attend,
+    LOLA_CUDA_API_VERSION, device_count, current_device,  allocate,      release,      allocate_host,
+    release_host,          copy,         copy_rows,       zero,          synchronize,  stream_create,
+    stream_destroy,        capturing,    event_create,    event_destroy, event_record, event_wait,
+    event_query,           attention,    workspace_bytes, check_finite,  features,     score,
+    step_select,           fold,         attend,
 };
 
 /* --- the module ----------------------------------------------------------------------------- */
