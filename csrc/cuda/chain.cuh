@@ -77,6 +77,23 @@ static inline unsigned lola_cuda_chain_attribute(const void *kernel, cudaLaunchA
   return lola_cuda_can_chain(kernel) ? 1 : 0;
 }
 
+/* A launch of clusters of `cluster` blocks along x, chained; `attributes` must live as long as it. */
+static inline cudaLaunchConfig_t lola_cuda_cluster_launch(const void *kernel, dim3 blocks, int cluster, int threads,
+                                                          int64_t shared_bytes, cudaStream_t stream,
+                                                          cudaLaunchAttribute (&attributes)[2]) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 1 + lola_cuda_chain_attribute(kernel, &attributes[1]);
+  return config;
+}
+
 /* Launches a kernel chained, or the ordinary way. */
 template <class... P, class... A>
 cudaError_t lola_cuda_launch(bool chained, void (*kernel)(P...), unsigned blocks, int threads, int64_t shared_bytes,

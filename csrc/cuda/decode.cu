@@ -822,18 +822,9 @@ bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uin
 template <typename T>
 cudaLaunchConfig_t small_launch(const lola_device_segment &g, const small_plan &plan, cudaStream_t stream,
                                 cudaLaunchAttribute (&attributes)[2]) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(plan.blocks);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(g.Hkv), static_cast<unsigned>(g.B));
-  config.blockDim = dim3(SMALL_THREADS);
-  config.dynamicSmemBytes = static_cast<size_t>(small_bytes(plan, g.r));
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs =
-      1 + lola_cuda_chain_attribute(reinterpret_cast<const void *>(decode_small_kernel<T>), &attributes[1]);
-  return config;
+  const dim3 blocks(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(g.Hkv), static_cast<unsigned>(g.B));
+  return lola_cuda_cluster_launch(reinterpret_cast<const void *>(decode_small_kernel<T>), blocks, plan.blocks,
+                                  SMALL_THREADS, small_bytes(plan, g.r), stream, attributes);
 }
 
 /* How many blocks a cluster of decode_small_kernel may have, 0 where it does not run. Asked for once per device. */
@@ -930,7 +921,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.by_C = divisor_of(g.C);
   p.by_R = divisor_of(g.R);
   p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
-  if (p.pipeline && is_hedgehog(g.map) && !g.stores_features && g.F == SMALL_F && aligned_weights(g) &&
+  if (p.pipeline && lola_device_is_hedgehog(g.map) && !g.stores_features && g.F == SMALL_F && aligned_weights(g) &&
       p.call_aligned && p.query_aligned) {
     const int widest =
         g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
@@ -966,7 +957,7 @@ namespace {
 
 /* The first kernel's plan, but for its blocks. */
 query_plan plan_queries(const lola_device_segment &g, int rows_of_block) {
-  const int M = is_hedgehog(g.map) ? g.F / 2 : g.F;
+  const int M = lola_device_is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
   plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
@@ -1036,7 +1027,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const scratch_places places = places_in(scratch, g);
   if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
-    const bool projects = lola_cuda_update_projects(segment);
+    const bool projects = !g.slot_phi;
     if (!status && projects) status = lola_cuda_update(segment, rows, plan.small, stream, message);
     if (!status && !projects)
       status =

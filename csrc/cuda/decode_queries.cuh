@@ -16,7 +16,6 @@ namespace {
 
 constexpr int ROWS_AHEAD = 16; /* rows of the weights that one thread has under way */
 constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
-constexpr float FEATURE_FLOOR = 1e-12f;
 
 struct query_plan {
   int blocks;                      /* of rows, per head; before those of head 0 comes one that writes spans */
@@ -26,12 +25,8 @@ struct query_plan {
   int64_t parts;                   /* floats of those, for one row */
 };
 
-__host__ __device__ __forceinline__ bool is_hedgehog(const lola_feature_map &map) {
-  return map.kind == LOLA_MAP_HEDGEHOG || map.kind == LOLA_MAP_HEDGEHOG_EXP;
-}
-
 __host__ __device__ __forceinline__ bool has_weights(const lola_feature_map &map) {
-  return is_hedgehog(map) || (map.kind == LOLA_MAP_RELU && map.w_q);
+  return lola_device_is_hedgehog(map) || (map.kind == LOLA_MAP_RELU && map.w_q);
 }
 
 __device__ __forceinline__ float finish_feature(float x, float floor, bool round) {
@@ -151,8 +146,8 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   const float up = normalise ? 1 / above : 1, down = normalise ? 1 / below : 1;
 #pragma unroll 2
   for (int j = lane; j < M; j += 32) {
-    phi[j] = finish_feature(kept[j] * up, FEATURE_FLOOR, round);
-    phi[M + j] = finish_feature(kept[M + j] * down, FEATURE_FLOOR, round);
+    phi[j] = finish_feature(kept[j] * up, LOLA_FEATURE_FLOOR, round);
+    phi[M + j] = finish_feature(kept[M + j] * down, LOLA_FEATURE_FLOOR, round);
   }
 }
 
@@ -226,7 +221,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
   const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
-  const bool hedgehog = is_hedgehog(g.map);
+  const bool hedgehog = lola_device_is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
   if (block < 0) {
@@ -305,7 +300,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     const int q = i / F, f = i - q * F;
     if (batch[q] < 0) continue;
     const float y = projects ? column(plan, parts + q * plan.parts, f) : x[q * D + f]; /* F = D */
-    out[q * row_step + f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, FEATURE_FLOOR, round)
+    out[q * row_step + f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, LOLA_FEATURE_FLOOR, round)
                                                         : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
   }
 }

@@ -337,7 +337,7 @@ __device__ __forceinline__ void small_features(const float *parts, bool negative
   const float up[2] = {expf(x[0] - high), expf(x[1] - high)};
   const float sum = warp_sum(up[0] + up[1]), scale = normalise ? 1 / sum : 1;
 #pragma unroll
-  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, FEATURE_FLOOR, true);
+  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, LOLA_FEATURE_FLOOR, true);
 }
 
 /* Softmax sums of a head's `count` tiles, which lie one after the other, up to whole MERGEs none (-inf and zeros):

@@ -470,7 +470,7 @@ __device__ void store_plain(const feature_job &job, char *to, int column, float 
 }
 
 __device__ float elementwise(lola_map_kind kind, float x) {
-  if (kind == LOLA_MAP_RELU) return fmaxf(x, FEATURE_FLOOR);
+  if (kind == LOLA_MAP_RELU) return fmaxf(x, LOLA_FEATURE_FLOOR);
   if (kind == LOLA_MAP_ELU_PLUS_ONE) return x > 0 ? x + 1 : expf(fminf(x, 0.0f));
   return x;
 }
@@ -503,8 +503,8 @@ __device__ void hedgehog_row(const feature_job &job, int M, float *p, char *to) 
   }
   const float up = softmax ? 1 / warp_sum(above) : 1, down = softmax ? 1 / warp_sum(below) : 1;
   for (int m = lane; m < M; m += 32) {
-    store_plain(job, to, m, fmaxf(expf(p[m] - high) * up, FEATURE_FLOOR));
-    store_plain(job, to, M + m, fmaxf(expf(low - p[m]) * down, FEATURE_FLOOR));
+    store_plain(job, to, m, fmaxf(expf(p[m] - high) * up, LOLA_FEATURE_FLOOR));
+    store_plain(job, to, M + m, fmaxf(expf(low - p[m]) * down, LOLA_FEATURE_FLOOR));
   }
 }
 

@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr float FEATURE_FLOOR = 1e-12f;
-
 __device__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -24,7 +22,7 @@ __device__ float quad_sum(float x) {
 
 /* Two features, clamped and rounded; in this order, which gives the same as the other for less. */
 __device__ __forceinline__ unsigned finish_pair(float x, float y) {
-  const __nv_bfloat162 floor = __float2bfloat162_rn(FEATURE_FLOOR);
+  const __nv_bfloat162 floor = __float2bfloat162_rn(LOLA_FEATURE_FLOOR);
   const __nv_bfloat162 pair = __hmax2(__floats2bfloat162_rn(x, y), floor);
   return lola_pack(pair.x, pair.y);
 }

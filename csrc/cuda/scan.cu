@@ -1141,8 +1141,8 @@ lola_status look_up_occupancy(const void *const (&kernels)[2], int device, int t
       if (error == cudaSuccess && cluster) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
         cudaLaunchAttribute attributes[2] = {};
-        const cudaLaunchConfig_t config =
-            wgmma_scan::launch_config(kernel, cluster, cluster, bytes, nullptr, attributes);
+        const cudaLaunchConfig_t config = lola_cuda_cluster_launch(kernel, dim3(static_cast<unsigned>(cluster)),
+                                                                   cluster, threads, bytes, nullptr, attributes);
         if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
       } else if (error == cudaSuccess) {
         error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, threads, static_cast<size_t>(bytes));
@@ -1265,13 +1265,13 @@ int64_t exchange_bytes(const scan_plan &plan) {
 }
 
 /* How an update of decoding goes where it computes its features itself; with 0 `groups` where it does not. */
-lola_status make_update_plan(const lola_device_segment &g, wgmma_scan::cluster_plan *plan, lola_message *message) {
+lola_status make_update_plan(const lola_device_segment &g, device_limits *limits, wgmma_scan::cluster_plan *plan,
+                             lola_message *message) {
   const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
-  device_limits limits;
-  lola_status status = look_up_device(&limits, message);
-  if (!status) status = make_cluster_plan(sizes, limits, plan, message);
+  lola_status status = look_up_device(limits, message);
+  if (!status) status = make_cluster_plan(sizes, *limits, plan, message);
   if (status) return status;
-  if (!wgmma_scan::update_projects(g, *plan) || plan->shared_bytes + wgmma_scan::POSITION_BYTES > limits.shared)
+  if (!wgmma_scan::update_projects(g, *plan) || plan->shared_bytes + wgmma_scan::POSITION_BYTES > limits->shared)
     plan->groups = 0;
   return LOLA_OK;
 }
@@ -1322,9 +1322,10 @@ int lola_cuda_scan_leaves_room(const lola_device_segment *segment) {
 }
 
 int lola_cuda_update_projects(const lola_device_segment *segment) {
+  device_limits limits;
   wgmma_scan::cluster_plan plan;
   lola_message ignored; /* the update says it */
-  return !make_update_plan(*segment, &plan, &ignored) && plan.groups;
+  return !make_update_plan(*segment, &limits, &plan, &ignored) && plan.groups;
 }
 
 lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, int awaits, cudaStream_t stream,
@@ -1333,8 +1334,7 @@ lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows
   if (!g.B) return LOLA_OK;
   device_limits limits;
   wgmma_scan::cluster_plan plan;
-  lola_status status = look_up_device(&limits, message);
-  if (!status) status = make_update_plan(g, &plan, message);
+  lola_status status = make_update_plan(g, &limits, &plan, message);
   if (status) return status;
   cudaError_t error = allow_update(wgmma_scan::update_kernel_of(g.dtype, plan.panels), limits);
   if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, awaits, stream);

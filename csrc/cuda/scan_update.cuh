@@ -438,31 +438,21 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
 
 /* Whether an update with this plan computes its features itself. */
 inline bool update_projects(const lola_device_segment &g, const cluster_plan &plan) {
-  const bool hedgehog = g.map.kind == LOLA_MAP_HEDGEHOG || g.map.kind == LOLA_MAP_HEDGEHOG_EXP;
-  return plan.groups && hedgehog && !g.stores_features && g.F == 64 * plan.panels && g.D == g.F && g.Dv % 8 == 0;
+  return plan.groups && lola_device_is_hedgehog(g.map) && !g.stores_features && g.F == 64 * plan.panels && g.D == g.F &&
+         g.Dv % 8 == 0;
 }
 
 inline const void *update_kernel_of(lola_dtype dtype, int panels) {
-  const auto address = [](auto kernel) { return reinterpret_cast<const void *>(kernel); };
-  const bool half = dtype == LOLA_FLOAT16;
-  if (panels == 1)
-    return half ? address(update_wgmma_kernel<wgmma_kind<__half, 1, true>>)
-                : address(update_wgmma_kernel<wgmma_kind<__nv_bfloat16, 1, true>>);
-  return half ? address(update_wgmma_kernel<wgmma_kind<__half, 2, true>>)
-              : address(update_wgmma_kernel<wgmma_kind<__nv_bfloat16, 2, true>>);
+  return of_kind<true>(dtype, panels,
+                       [](auto kind) { return reinterpret_cast<const void *>(update_wgmma_kernel<decltype(kind)>); });
 }
 
 inline cudaError_t launch_update(const lola_device_segment &g, const cluster_plan &plan, const call_rows &rows,
                                  int awaits, cudaStream_t stream) {
-  const void *kernel = update_kernel_of(g.dtype, plan.panels);
-  cudaLaunchAttribute attributes[2] = {};
-  const cudaLaunchConfig_t config = launch_config(kernel, plan.groups * plan.blocks, plan.blocks,
-                                                  plan.shared_bytes + POSITION_BYTES, stream, attributes);
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
                        const_cast<call_rows *>(&rows), &awaits};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
-  (void)cudaGetLastError();
-  return error;
+  return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes + POSITION_BYTES, stream,
+                         arguments);
 }
 
 } // namespace wgmma_scan

@@ -608,9 +608,10 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
 #pragma unroll
       for (int half = 0; half < 2; half++) part[half] = error_of<T>(acc, half, z[half], 1.0f, values.v[half]);
     }
-    if (more)
-      find_values(t, first_row(tile + TURN) + own_row, &values),
-          ask_values<T>(columns, &values); /* on their way while the tile is multiplied */
+    if (more) { /* on their way while the tile is multiplied */
+      find_values(t, first_row(tile + TURN) + own_row, &values);
+      ask_values<T>(columns, &values);
+    }
     /* Over the quad; lanes 0 and 2 then have the one row, 1 and 3 the other. */
     float sum = (c % 2 ? part[1] : part[0]) + __shfl_xor_sync(ALL, c % 2 ? part[0] : part[1], 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
@@ -1265,47 +1266,35 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
 
 /* --- the host's side ---------------------------------------------------------------------------------------------- */
 
-template <bool VECTOR> const void *kernel_of(lola_dtype dtype, int panels) {
-  const auto address = [](auto kernel) { return reinterpret_cast<const void *>(kernel); };
+/* What `of` makes of the wgmma_kind for a type and so many panels. */
+template <bool VECTOR, class Of> auto of_kind(lola_dtype dtype, int panels, Of of) {
   const bool half = dtype == LOLA_FLOAT16;
-  if (panels == 1)
-    return half ? address(scan_wgmma_kernel<wgmma_kind<__half, 1, VECTOR>>)
-                : address(scan_wgmma_kernel<wgmma_kind<__nv_bfloat16, 1, VECTOR>>);
-  return half ? address(scan_wgmma_kernel<wgmma_kind<__half, 2, VECTOR>>)
-              : address(scan_wgmma_kernel<wgmma_kind<__nv_bfloat16, 2, VECTOR>>);
+  if (panels == 1) return half ? of(wgmma_kind<__half, 1, VECTOR>()) : of(wgmma_kind<__nv_bfloat16, 1, VECTOR>());
+  return half ? of(wgmma_kind<__half, 2, VECTOR>()) : of(wgmma_kind<__nv_bfloat16, 2, VECTOR>());
 }
 
 /* The kernel that reads rows 16 bytes at a time, or not. */
 inline const void *kernel_of(lola_dtype dtype, int panels, bool vector) {
-  return vector ? kernel_of<true>(dtype, panels) : kernel_of<false>(dtype, panels);
+  const auto address = [](auto kind) { return reinterpret_cast<const void *>(scan_wgmma_kernel<decltype(kind)>); };
+  return vector ? of_kind<true>(dtype, panels, address) : of_kind<false>(dtype, panels, address);
 }
 
-/* `attributes` must live as long as the configuration. */
-inline cudaLaunchConfig_t launch_config(const void *kernel, int blocks, int cluster, int64_t shared_bytes,
-                                        cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 1 + lola_cuda_chain_attribute(kernel, &attributes[1]);
-  return config;
+/* Launches the clusters of a plan. */
+inline cudaError_t launch_clusters(const void *kernel, const cluster_plan &plan, int64_t shared_bytes,
+                                   cudaStream_t stream, void **arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  const dim3 blocks(static_cast<unsigned>(plan.groups * plan.blocks));
+  const cudaLaunchConfig_t config =
+      lola_cuda_cluster_launch(kernel, blocks, plan.blocks, THREADS, shared_bytes, stream, attributes);
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
+  (void)cudaGetLastError();
+  return error;
 }
 
 inline cudaError_t launch(const lola_device_segment &g, const cluster_plan &plan, int record, bool vector,
                           cudaStream_t stream) {
-  const void *kernel = kernel_of(g.dtype, plan.panels, vector);
-  cudaLaunchAttribute attributes[2] = {};
-  const cudaLaunchConfig_t config =
-      launch_config(kernel, plan.groups * plan.blocks, plan.blocks, plan.shared_bytes, stream, attributes);
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan), &record};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
-  (void)cudaGetLastError();
-  return error;
+  return launch_clusters(kernel_of(g.dtype, plan.panels, vector), plan, plan.shared_bytes, stream, arguments);
 }
 
 } // namespace wgmma_scan

@@ -117,8 +117,9 @@ lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStre
 /* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. */
 lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* One token for each row that is not idle: attends, writes the token into the ring, advances tokens_seen and chunks;
- * before that, where rows may have one (`updates`), comes the update. `scratch` of lola_cuda_decode_bytes, zeroed once,
- * left zeroed where it must be. */
+ * before that, where rows may have one (`updates`), comes the update, which computes features itself
+ * (lola_cuda_update_projects) if there is no slot_phi. `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed
+ * where it must be. */
 int64_t lola_cuda_decode_bytes(const lola_cache *cache);
 lola_status lola_cuda_decode(const lola_device_segment *segment, const struct call_rows &rows, void *scratch,
                              int updates, cudaStream_t stream, lola_message *message);
@@ -138,6 +139,13 @@ static inline lola_status lola_cuda_launched(const char *kernel, lola_message *m
 /* --- what kernels share ------------------------------------------------------------------------------------------- */
 
 #ifdef __CUDACC__
+
+/* What features of maps that are not elu + 1 are clamped at. */
+constexpr float LOLA_FEATURE_FLOOR = 1e-12f;
+
+static __host__ __device__ inline bool lola_device_is_hedgehog(const lola_feature_map &map) {
+  return map.kind == LOLA_MAP_HEDGEHOG || map.kind == LOLA_MAP_HEDGEHOG_EXP;
+}
 
 static __host__ __device__ inline int64_t lola_device_item(lola_dtype dtype) { return dtype == LOLA_FLOAT32 ? 4 : 2; }
 
