@@ -1062,7 +1062,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     shared.block = block;
   }
   scan_progress progress = {};
-  for_each_unit<THREADS>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
+  const auto sync = [] { __syncthreads(); };
+  for_each_unit<THREADS>(g, plan.groups, group, record, shared.rows, shared.row_count, sync, [&](int row, int set) {
     walk_unit<T>(g, plan, &shared, &select, &progress, row, set, record);
   });
   leave_barrier(plan, shared.block, progress);

@@ -138,11 +138,11 @@ template <int COUNT> __device__ int decoding_units(const lola_device_segment &g)
 }
 
 /* Calls walk(row, set) for the group's units, for a whole block of at least COUNT threads, which looks at COUNT rows at
- * a time; `rows` (COUNT,) and `row_count` (COUNT / 32,) are in shared memory. Units are numbered through all rows with
- * work; a group takes every groups-th. */
-template <int COUNT, class Walk>
+ * a time; `rows` (COUNT,) and `row_count` (COUNT / 32,) are in shared memory, and sync() is a barrier of the block.
+ * Units are numbered through all rows with work; a group takes every groups-th. */
+template <int COUNT, class Sync, class Walk>
 __device__ void for_each_unit(const lola_device_segment &g, int groups, int group, int record, int *rows,
-                              int *row_count, Walk walk) {
+                              int *row_count, Sync sync, Walk walk) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t before = 0; /* units of the rows looked at so far */
   for (int64_t first = 0; first < g.B; first += COUNT) {
@@ -150,14 +150,14 @@ __device__ void for_each_unit(const lola_device_segment &g, int groups, int grou
     const bool looks = threadIdx.x < COUNT, busy = looks && row < g.B && row_has_work(g, static_cast<int>(row), record);
     const unsigned bits = __ballot_sync(ALL, busy);
     if (looks && lane == 0) row_count[warp] = __popc(bits);
-    __syncthreads();
+    sync();
     int at = 0, some = 0;
     for (int w = 0; w < COUNT / 32; w++) {
       if (w < warp) at += row_count[w];
       some += row_count[w];
     }
     if (busy) rows[at + __popc(bits & ((1u << lane) - 1))] = static_cast<int>(row);
-    __syncthreads();
+    sync();
     const int64_t units = static_cast<int64_t>(some) * g.S;
     for (int64_t unit = (group - before % groups + groups) % groups; unit < units; unit += groups)
       walk(rows[unit / g.S], static_cast<int>(unit % g.S));

@@ -54,16 +54,17 @@ __device__ __forceinline__ int64_t updating_position(const lola_device_segment &
 /* What is the same for all units. The cluster's other blocks may write here when they have waited for it. */
 __device__ __forceinline__ void begin_cluster(const lola_device_segment &g, const cluster_plan &plan,
                                               cluster_shared &shared) {
-  /* Rows past the last newcomer are zero and stay so. */
+  /* Rows past the last newcomer are zero and stay so; others' keys may be on their way already. */
   for (int at = plan.values + own_thread() * 16; g.C % TILE && at < plan.parts; at += THREADS * 16)
     piece_at(at) = make_uint4(0, 0, 0, 0);
   for (int i = own_thread(); g.C % TILE && i < plan.newcomers * plan.panels * 8; i += THREADS)
-    piece_at(phi_at(plan, plan.slots + i % plan.newcomers, i / plan.newcomers)) = make_uint4(0, 0, 0, 0);
+    if (i % plan.newcomers >= g.C)
+      piece_at(phi_at(plan, plan.slots + i % plan.newcomers, i / plan.newcomers)) = make_uint4(0, 0, 0, 0);
   if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0;
   if (own_thread() == 0) {
     barrier_init(shared_address(&shared.full), 1);
     barrier_init(shared_address(&shared.read), plan.blocks * WARPS);
-    barrier_init(shared_address(&shared.newcomers), HELPERS / 32);
+    barrier_init(shared_address(&shared.newcomers), HELPERS);
     fence_barrier_init();
   }
   cluster_arrive();
@@ -322,7 +323,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
   least = __reduce_min_sync(ALL, least);
   if (own_thread() % 32 == 0) atomicMin(&shared.cut, least);
   const bool selects = uniform(count + C > g.L);
-  cp_async_wait<0>();
+  cp_async_wait_all();
   fence_async_proxy();
   __syncthreads();
   cluster_wait(); /* the last unit is over */
@@ -340,7 +341,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
   __syncthreads();
   const int after = selects ? g.L : count + C;
   if (helps) {
-    if (own_thread() % 32 == 0) barrier_arrive(shared_address(&shared.newcomers));
+    barrier_arrive(shared_address(&shared.newcomers));
     next([&](const due_update &other) { prefetch_update(g, plan, block, other); });
     named_barrier_sync(HALVES, THREADS); /* the tables are as they shall be */
     if (block.rank == 0) keep_pairs(g, unit, t, count, after, C, own_thread() - WALKERS, HELPERS);

@@ -71,7 +71,7 @@ __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, 
 
 struct cluster_shared {
   uint64_t full, read; /* barriers: parts are there, and were read by the cluster's warps */
-  uint64_t newcomers;  /* the helper's warps have put them in place */
+  uint64_t newcomers;  /* the helpers have put them in place */
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
@@ -102,6 +102,11 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/* Of all threads, also where helpers and walkers come to different ones, as __syncthreads is not. */
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 /* The same in all lanes, known to be so. What decides whether and how often wgmma runs must be known to be the same for
@@ -291,7 +296,7 @@ __device__ __forceinline__ const char *row_of(const lola_device_segment &g, cons
 
 /* --- pairs that come in ------------------------------------------------------------------------------------------- */
 
-/* A pair's phi into a row, by threads that take a piece each; finish with cp_async_wait. */
+/* A pair's phi into a row, by threads that take a piece each; finish with cp_async_wait_all. */
 template <typename T>
 __device__ __forceinline__ void fetch_phi(const lola_device_segment &g, const cluster_plan &plan, const char *from,
                                           int row, int piece) {
@@ -1042,7 +1047,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
   if (own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, block.head, count);
-  __syncthreads();
+  cluster_sync();
   const scan_unit &unit = shared.unit;
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head] != 0;
@@ -1055,7 +1060,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   }
   for (int i = own_thread(); unit.folds && i < count * T::phi_pieces; i += THREADS)
     fetch_phi<T>(g, plan, row_of(g, unit, 0, -(i / T::phi_pieces) - 1), i / T::phi_pieces, i % T::phi_pieces);
-  cp_async_wait<0>();
+  cp_async_wait_all();
   fence_async_proxy();
 }
 
@@ -1118,7 +1123,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
                                           int set, int record) {
   cluster_progress progress = {};
   begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
-  __syncthreads();
+  cluster_sync();
   const scan_unit &unit = shared.unit;
   const int64_t first = unit.span.position / g.C, last = unit.last;
   newcomer_pieces<T> pieces;
@@ -1136,8 +1141,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
         put_newcomers<T>(g, plan, block, unit, t, chunk, more, pieces);
       }
       fence_async_proxy();
-      __syncwarp();
-      if (own_thread() % 32 == 0) barrier_arrive(shared_address(&shared.newcomers));
+      barrier_arrive(shared_address(&shared.newcomers));
     }
     /* The chunk before still sees these tables and this state. */
     if (chunk > first && record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
@@ -1153,9 +1157,8 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
     if (recalls(g, progress)) ask_queries<T>(g, unit, progress.recall_first, progress.recall_end, &queries);
     ask_newcomers<T>(g, block, unit, chunk + 1, 0, work.updates, &pieces);
   }
-  cluster_arrive();
-  cluster_wait();
-  __syncthreads(); /* the tables are read to the end */
+  cluster_sync();
+  cluster_sync(); /* the tables are read to the end */
 }
 
 template <typename T>
@@ -1170,7 +1173,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
   if (unit.folds || (record && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY))
     load_state<T>(g, plan, block, unit, t, &h);
   fence_async_proxy();
-  __syncthreads();
+  cluster_sync();
   const unsigned rankings = turns->rankings;
   const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
                  newcomers = shared_address(&shared.newcomers);
@@ -1209,10 +1212,9 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     turns->updates += work.updates;
     advance(g, unit, work, chunk, record, &progress);
   }
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
   end_unit<T>(g, block, unit, t, progress, h, turns->rankings != rankings);
-  __syncthreads(); /* the tables are read to the end */
+  cluster_sync(); /* the tables are read to the end */
 }
 
 #endif
@@ -1245,7 +1247,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     shared.shift = 16;
     barrier_init(shared_address(&shared.full), 1);
     barrier_init(shared_address(&shared.read), plan.blocks * WARPS);
-    barrier_init(shared_address(&shared.newcomers), HELPERS / 32);
+    barrier_init(shared_address(&shared.newcomers), HELPERS);
     fence_barrier_init();
   }
   lola_device_await_previous();
@@ -1253,13 +1255,13 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {
-    for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count,
+    for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count, cluster_sync,
                                 [&](int row, int set) { help_unit<T>(g, plan, block, shared, t, row, set, record); });
   } else {
     cluster_turns turns = {};
-    for_each_unit<ROWS_AT_ONCE>(g, plan.groups, group, record, shared.rows, shared.row_count, [&](int row, int set) {
-      walk_unit<T>(g, plan, block, shared, t, &turns, row, set, record);
-    });
+    for_each_unit<ROWS_AT_ONCE>(
+        g, plan.groups, group, record, shared.rows, shared.row_count, cluster_sync,
+        [&](int row, int set) { walk_unit<T>(g, plan, block, shared, t, &turns, row, set, record); });
   }
 #endif
 }
