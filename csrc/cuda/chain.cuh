@@ -8,8 +8,8 @@
  * lola_device_start_next comes after lola_device_await_previous, but in commit, in decoding's scan, which hold nobody
  * up, and in kernels beside others. Decoding's main kernel comes behind that scan and builds on it: once it has
  * started, features has begun behind its wait, so all that came before features has ended. An update that computes its
- * features itself (scan_update.cuh) comes in the place of both and runs beside the kernel of the queries: its last
- * blocks await that before they let the main kernel start.
+ * features itself (scan_update.cuh) comes in the place of both, and it and the main kernel run beside the kernel of the
+ * queries: decode_rows.cuh has the signals that they wait for.
  *
  * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets
  * the next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that

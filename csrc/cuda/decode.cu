@@ -1,23 +1,25 @@
 /* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
- * spans and phi(q) (decode_queries.cuh), then everything else. A small batch goes through one of its own
- * (decode_small.cuh).
+ * spans and phi(q) (decode_queries.cuh), then everything else; they run beside one another as far as they can. A small
+ * batch goes through one of its own (decode_small.cuh).
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
- * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes a run of items
- * (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit caches, else
- * decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a partial in scratch:
- * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block of a (row, KV head)
- * that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the result does not depend
- * on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch. The
- * block that holds the newest pair, or merges, writes that pair into the window ring and advances the counters, which
- * by then no other reads. */
+ * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes one item
+ * after the other (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit
+ * caches, else decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a
+ * partial in scratch: float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block
+ * of a (row, KV head) that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the
+ * result does not depend on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same
+ * bits in any batch. The block that holds the newest pair, or merges, writes that pair into the window ring and
+ * advances the counters, which by then no other reads. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
 #include "decode_pipeline.cuh"
 #include "decode_queries.cuh"
 #include "decode_small.cuh"
 #include "decode_state.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -85,7 +87,8 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   p.state_parts = p.pipeline ? static_cast<int>(sizes.F / UNIT_PAIRS) : 1;
   p.state_items = sizes.r * p.state_parts;
   p.sparse_items = sizes.sets * p.sparse_tiles;
-  p.items = p.state_items + p.sparse_items + p.window_tiles;
+  p.pair_items = p.sparse_items + p.window_tiles;
+  p.items = p.state_items + p.pair_items;
   p.slots = p.window_tiles + p.sparse_tiles + p.state_parts;
   return p;
 }
@@ -136,10 +139,10 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
   p->shared_bytes = most;
 }
 
-/* Scratch: counters of arrivals per (row, KV head) and per row, zero between launches; the rows in order; phi(q);
+/* Scratch: signals; counters of arrivals per (row, KV head) and per row, zero between launches; rows; phi(q);
  * partials. */
 int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) * 4, 256) * 256; }
-int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row)) + 4, 256) * 256; }
+int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row) + 4), 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
 /* --- the merge ------------------------------------------------------------------------------------- */
@@ -382,7 +385,7 @@ __device__ __forceinline__ row_window window_of(const lola_device_segment &g, co
 template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS, 3)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                  const decode_rows, unsigned *counters, const float *query_phi, float *scratch) {
+                  unsigned *counters, const float *query_phi, float *scratch) {
   extern __shared__ __align__(16) char shared[];
   /* What is needed once more at the end waits in shared memory, not in registers. */
   __shared__ lola_device_span kept;
@@ -483,33 +486,7 @@ __global__ void __launch_bounds__(THREADS, 3)
   merge(g, plan, kept.batch, kept.first, b.kv_head, window_of(g, plan, kept.position).pairs, count_of, partials);
 }
 
-/* --- runs of items a block -------------------------------------------------------------------------- */
-
-/* Of the KV head `index` of all those of rows in their order. */
-__device__ __forceinline__ group_facts facts_of(const lola_device_segment &g, const decode_plan &plan,
-                                                const decode_rows &ordered, unsigned index) {
-  group_facts f = {};
-  const unsigned place = divided(index, plan.by_kv_heads);
-  f.kv_head = static_cast<int>(index - place * g.Hkv);
-  f.of = ordered.rows[place];
-  /* Mostly rows are in their places, and what is asked for beside the row is the right one. */
-  int row = static_cast<int>(place);
-#pragma unroll 1
-  for (int tries = 0; tries < 2; tries++) {
-    f.group = static_cast<unsigned>(row * g.Hkv + f.kv_head);
-    f.folded = 0;
-#pragma unroll
-    for (int i = 0; i < MATRIX_HEADS; i++) {
-      if (i < plan.sets && g.L)
-        f.counts[i] = static_cast<int>(__ldcg(g.sparse_count + static_cast<int64_t>(f.group) * plan.sets + i));
-      if (i < g.r && g.mixing != LOLA_MIXING_CACHE_ONLY && __ldcg(g.folded + static_cast<int64_t>(f.group) * g.r + i))
-        f.folded |= 1u << i;
-    }
-    if (f.of.row == row || f.of.row < 0) break;
-    row = f.of.row;
-  }
-  return f;
-}
+/* --- one unit after the other --------------------------------------------------------------------------- */
 
 /* This thread's element of the call's key and value. */
 struct newest_elements {
@@ -549,30 +526,34 @@ __device__ __forceinline__ void advance(const lola_device_segment &g, const deco
   if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
 }
 
-/* A KV head whose units are all done: its outputs, and what the step leaves behind. */
+/* A KV head whose units are all done, also by other blocks: its outputs, and what the step leaves behind. */
 __device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
                                              const group_facts &facts, const float *partials) {
   const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
   const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
   merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
   keep_newest(g, facts, newest);
+  if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
 }
 
-/* A unit that is there, into its partials. `phi`: of a state's rows. */
+/* A barrier of the warps that work on units. */
+__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+/* A unit that is there, into its partials. */
 template <typename T>
 __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
-                                             const group_facts &facts, const work_unit &u, bool gathers, char *stage,
-                                             const float *phi, float *sums, float *partials) {
+                                             const group_facts &facts, const work_unit &u, char *stage, float *sums,
+                                             float *partials) {
   const int warp = threadIdx.x / 32, stride = plan.columns + 4;
   const int64_t head_step = plan.slots * stride;
   if (u.kind == STATE_UNIT) {
     float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
     const bool folded = facts.folded >> u.which & 1;
-    if (folded) recall_quarter(stage, phi, sums);
+    if (folded) recall_quarter(stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums);
     if (g.stores_features && u.tile == 0)
       keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
                     static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
-    __syncthreads();
+    workers_sync();
     if (folded && warp == 0) {
       float n[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -591,104 +572,119 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
   if (count <= 0) return;
   const bool sparse = u.kind == SPARSE_UNIT;
   const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-  if (gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
+  if (u.updated && plan.gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
   if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
-  __syncthreads();
+  workers_sync();
   const tile_target to = {
       partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) + u.tile * stride, head_step};
   merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS, warps, 0,
               heads, to);
 }
 
-/* What a block knows of its run of a share. */
-__device__ __forceinline__ void look_up_run(const lola_device_segment &g, const decode_plan &plan,
-                                            const unit_share &share, const decode_rows &ordered, group_facts *known) {
-  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
-  if (begin == end) return;
-  const unsigned first_group = divided(begin, plan.by_items), last_group = divided(end - 1, plan.by_items);
-  if (threadIdx.x > last_group - first_group) return;
-  known[threadIdx.x] = facts_of(g, plan, ordered, share.first_row * g.Hkv + first_group + threadIdx.x);
-  const group_facts &f = known[threadIdx.x];
-  if (f.of.row < 0) return;
-  /* What its merge reads once more, while there is time. */
-  touch(lola_device_at(g.k, f.of.batch, f.of.first, f.kv_head));
-  touch(lola_device_at(g.v, f.of.batch, f.of.first, f.kv_head));
-  if (g.gate) touch(g.gate + f.kv_head * g.r);
-}
+constexpr int PIPELINE_THREADS = THREADS + 32;
+constexpr int KNOWN_UNITS = 5; /* the last two, this one and the next two */
 
-/* A block's run of a share. `updated`: the share's rows are. */
+/* What the blocks of a step's main kernel share, beside its arguments. */
+struct pipeline_scratch {
+  decode_rows rows;
+  unsigned *counters; /* units of each (row, KV head) that are done */
+  const float *phi;
+  float *partials;
+};
+
+/* Blocks may start before the step's other kernels have ended, see decode_rows.cuh. One warp more than work on units
+ * looks ahead: it takes the next but one, looks up its (row, KV head), waits for what it needs, and finds out whether
+ * the unit before was the last of its own; none of that holds up the others, nor do their copies hold up its fences. */
 template <typename T>
-__device__ __forceinline__ void work_on(const lola_device_segment &g, const decode_plan &plan, const unit_share &share,
-                                        bool updated, const group_facts *known, unsigned *counters,
-                                        const float *query_phi, float *scratch, char *shared) {
+__global__ void __launch_bounds__(PIPELINE_THREADS, 3)
+    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
+                           const __grid_constant__ pipeline_scratch scratch) {
+  extern __shared__ __align__(16) char shared[]; /* two stages */
+  __shared__ known_unit known[KNOWN_UNITS];
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
-  __shared__ int last;
-  const unsigned begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
-  if (begin == end) return;
-  const unsigned first_group = divided(begin, plan.by_items);
-  const bool gathers = updated && plan.gathers;
-  work_unit next = unit_at(plan, begin, first_group);
-  ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared);
-  copies_end_group();
-#pragma unroll 1
-  for (unsigned unit = begin; unit < end; unit++) {
-    const work_unit u = next;
-    const unsigned turn = (unit - begin) & 1;
-    copies_wait<0>();
-    __syncthreads(); /* the unit is there, and the sums of the last one were read */
-    if (unit + 1 < end) {
-      next = unit_at(plan, unit + 1, first_group);
-      ask_unit<T>(g, plan, known[next.group], next, gathers, query_phi, shared + (turn ^ 1) * STAGE_BYTES);
+  __shared__ int completes[2]; /* the unit before the last one was the last of its (row, KV head) */
+  __shared__ struct {
+    unsigned updated_rows, first; /* index of the first unit: if all rows are updated, nothing is to be done before */
+    unsigned ticket;              /* of the unit after the next */
+    bool queries_known;
+  } looking; /* what the warp that looks ahead knows */
+  const bool looks_ahead = threadIdx.x >= THREADS;
+  const int lane = threadIdx.x % 32;
+  lola_device_start_next();
+  if (threadIdx.x == 0) {
+    await_rows(scratch.rows);
+    const unsigned updated_rows = static_cast<unsigned>(__ldcg(&scratch.rows.signals->updated_rows)), B = g.B;
+    looking.updated_rows = updated_rows;
+    looking.first = updated_rows == B ? B * g.Hkv * static_cast<unsigned>(plan.items) : 0;
+    looking.queries_known = false;
+    completes[0] = completes[1] = 0;
+    known[3].unit.kind = known[4].unit.kind = NO_UNIT;
+  }
+  __syncthreads();
+  const auto place_at = [&](unsigned ticket) { return unit_at(g, plan, looking.first + ticket, looking.updated_rows); };
+  const auto take_ticket = [&] { return lane == 0 ? 2 * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1) : 0; };
+  const auto ask = [&](const known_unit &k, int stage) {
+    if (k.is_work()) {
+      /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
+      const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
+      const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
+      ask_unit<T>(g, plan, k.facts, k.unit, scratch.phi,
+                  static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
     }
     copies_end_group();
-    const group_facts &facts = known[u.group];
-    char *const stage = shared + turn * STAGE_BYTES;
-    float *const partials = scratch + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
-    if (facts.of.row >= 0) /* nothing was asked for of one that is idle */
-      work_on_unit<T>(g, plan, facts, u, gathers, stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums,
-                      partials);
-    if (facts.of.row >= 0 && (unit + 1 == end || next.group != u.group)) { /* the block's last of this KV head */
-      const unsigned group_begin = (first_group + u.group) * static_cast<unsigned>(plan.items),
-                     group_end = group_begin + static_cast<unsigned>(plan.items);
-      bool merges = group_begin >= begin && group_end <= end;
-      __syncthreads(); /* the partials are written */
-      if (!merges) {
-        if (threadIdx.x == 0) {
-          const unsigned others = share.block_of(group_end - 1) - share.block_of(group_begin);
-          last = arrive(&counters[facts.group]) == others;
-          if (last) counters[facts.group] = 0;
-        }
-        __syncthreads();
-        merges = last;
-      }
-      if (merges) {
-        finish_group(g, plan, facts, partials);
-        if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
-      }
-    }
+  };
+  const auto partials_of = [&](const group_facts &facts) {
+    return scratch.partials + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
+  };
+  if (looks_ahead) {
+    facts_ahead now, next;
+    now.ask(g, plan, scratch.rows, place_at(blockIdx.x), &looking.queries_known);
+    next.ask(g, plan, scratch.rows, place_at(blockIdx.x + gridDim.x), &looking.queries_known);
+    const unsigned ticket = take_ticket();
+    now.keep(&known[0]);
+    next.keep(&known[1]);
+    if (lane == 0) looking.ticket = ticket;
   }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 3)
-    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                           const decode_rows ordered, unsigned *counters, const float *query_phi, float *scratch) {
-  extern __shared__ __align__(16) char shared[]; /* two stages */
-  lola_device_start_next();
-  /* All but the last two kernels before this one have ended, so the rows and their queries are known. */
-  if (plan.awaits) lola_device_await_previous();
-  const unsigned plain = static_cast<unsigned>(__ldcg(ordered.plain)), B = static_cast<unsigned>(g.B);
-  __shared__ group_facts known[MOST_GROUPS];
-  look_up_run(g, plan, unit_share(g, plan, gridDim.x, 0, B), ordered, known); /* as if no row was updated */
+  __syncthreads();
+  if (!looks_ahead) ask(known[0], 0);
+  int at = 0;   /* the unit's place among those known */
+  int left = 2; /* turns without a unit, in which the last ones are completed */
 #pragma unroll 1
-  for (int updated = 0; updated < 2; updated++) {
-    if (updated) lola_device_await_previous();
-    const unit_share share(g, plan, gridDim.x, updated ? plain : 0, updated ? B - plain : plain);
-    __syncthreads(); /* what is known of the rows before was read */
-    if (updated || plain != B) look_up_run(g, plan, share, ordered, known);
-    __syncthreads();
-    work_on<T>(g, plan, share, updated, known, counters, query_phi, scratch, shared);
+  for (int turn = 0;; turn ^= 1) {
+    const auto beside = [&](int ahead) -> known_unit & {
+      const int place = at + ahead;
+      return known[place >= KNOWN_UNITS ? place - KNOWN_UNITS : place];
+    };
+    copies_wait<0>();
+    __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    const known_unit &now = known[at];
+    if (now.unit.kind == NO_UNIT && left-- == 0) break;
+    if (looks_ahead) {
+      const known_unit &before = beside(KNOWN_UNITS - 1);
+      facts_ahead ahead;
+      unsigned ticket = looking.ticket;
+      ahead.ask(g, plan, scratch.rows, place_at(ticket), &looking.queries_known);
+      if (ahead.place.unit.kind != NO_UNIT) ticket = take_ticket();
+      if (lane == 0) {
+        bool last = false;
+        if (before.is_work()) last = arrive(&scratch.counters[before.facts.group]) == plan.items - 1;
+        if (last) scratch.counters[before.facts.group] = 0;
+        completes[turn ^ 1] = last;
+      }
+      ahead.keep(&beside(2));
+      if (lane == 0) looking.ticket = ticket;
+    } else {
+      ask(beside(1), turn ^ 1);
+      if (completes[turn]) {
+        const group_facts &facts = beside(KNOWN_UNITS - 2).facts;
+        finish_group(g, plan, facts, partials_of(facts));
+      }
+      if (now.is_work())
+        work_on_unit<T>(g, plan, now.facts, now.unit, shared + turn * STAGE_BYTES, sums, partials_of(now.facts));
+    }
+    if (++at == KNOWN_UNITS) at = 0;
   }
+  lola_device_await_previous(); /* for who awaits this kernel */
 }
 
 /* --- the launches ----------------------------------------------------------------------------------- */
@@ -711,19 +707,20 @@ template <auto KERNEL> cudaError_t allow_shared(int64_t bytes, int device) {
 /* Where a step's scratch lies. */
 struct scratch_places {
   unsigned *counters, *row_counters;
-  decode_rows ordered;
+  decode_rows rows;
   float *phi, *partials;
 };
 
 scratch_places places_in(void *scratch, const lola_device_segment &g) {
-  char *const counters = static_cast<char *>(scratch);
+  char *const signals = static_cast<char *>(scratch), *const counters = signals + sizeof(decode_signals);
   char *const rows = counters + counter_bytes(g.B, g.Hkv);
   char *const phi = rows + rows_bytes(g.B);
   scratch_places places;
+  places.rows.signals = reinterpret_cast<decode_signals *>(signals);
   places.counters = reinterpret_cast<unsigned *>(counters);
   places.row_counters = places.counters + static_cast<int64_t>(g.B) * g.Hkv;
-  places.ordered.rows = reinterpret_cast<decode_row *>(rows);
-  places.ordered.plain = reinterpret_cast<int *>(places.ordered.rows + g.B);
+  places.rows.rows = reinterpret_cast<decode_row *>(rows);
+  places.rows.updated = reinterpret_cast<int *>(places.rows.rows + g.B);
   places.phi = reinterpret_cast<float *>(phi);
   places.partials = reinterpret_cast<float *>(phi + phi_bytes(static_cast<int64_t>(g.B) * g.Hq, g.F));
   return places;
@@ -740,9 +737,15 @@ struct launch_arguments {
 template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device) {
   const cudaError_t error = allow_shared<KERNEL>(a.plan.shared_bytes, device);
   if (error != cudaSuccess) return error;
-  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(a.plan.blocks), THREADS, a.plan.shared_bytes, a.stream,
-                                  *a.segment, a.plan, a.scratch.ordered, a.scratch.counters, a.scratch.phi,
-                                  a.scratch.partials);
+  const auto queue = [&](int threads, auto... arguments) {
+    return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(a.plan.blocks), threads, a.plan.shared_bytes,
+                                    a.stream, *a.segment, a.plan, arguments...);
+  };
+  const scratch_places &s = a.scratch;
+  if constexpr (std::is_invocable_v<decltype(KERNEL), lola_device_segment, decode_plan, pipeline_scratch>)
+    return queue(PIPELINE_THREADS, pipeline_scratch{s.rows, s.counters, s.phi, s.partials});
+  else
+    return queue(THREADS, s.counters, static_cast<const float *>(s.phi), s.partials);
 }
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
@@ -815,8 +818,11 @@ lola_status launched(cudaError_t error, const char *kernel, lola_message *messag
                    cudaGetErrorString(error));
 }
 
-/* Whether the weights of queries can be read 16 bytes at a time. */
-bool aligned_weights(const lola_device_segment &g) { return reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0; }
+/* Whether phi(q) is Hedgehog's, 128 features of vectors of 128, with weights that can be read 16 bytes at a time. */
+bool has_wide_features(const lola_device_segment &g) {
+  return lola_device_is_hedgehog(g.map) && !g.stores_features && g.F == WIDE_F && g.D == WIDE_F &&
+         reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0;
+}
 
 /* The launch of decode_small_kernel; `attributes` must live as long as it. */
 template <typename T>
@@ -877,14 +883,12 @@ bool plan_small(const lola_device_segment &g, const decode_plan &p, const device
   return p.window_tiles + p.sparse_tiles <= MOST_SMALL_TILES;
 }
 
-/* As many blocks as run at once, so that each has a run of units; more where that would touch more than MOST_GROUPS
- * groups. */
+/* As many blocks as run at once. */
 int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
-  constexpr int OTHER_BYTES = 1024 + MOST_GROUPS * static_cast<int>(sizeof(group_facts)) + 320;
+  constexpr int OTHER_BYTES = 1024 + KNOWN_UNITS * static_cast<int>(sizeof(known_unit)) + 320;
   const int fit = limits.processor_bytes / (PIPELINE_BYTES + OTHER_BYTES);
-  int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
-  const int64_t least = divided_up(groups, MOST_GROUPS - 2), units = groups * p.items;
-  if (blocks < least) blocks = least;
+  const int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
+  const int64_t units = groups * p.items;
   return blocks < units ? blocks : units;
 }
 
@@ -913,6 +917,8 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.call_aligned = p.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
   p.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
   p.by_items = divisor_of(p.items);
+  p.by_pair_items = divisor_of(p.pair_items);
+  p.by_state_items = divisor_of(p.state_items);
   p.by_kv_heads = divisor_of(g.Hkv);
   p.by_state_parts = divisor_of(p.state_parts);
   p.by_sparse_tiles = divisor_of(p.sparse_tiles);
@@ -921,8 +927,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.by_C = divisor_of(g.C);
   p.by_R = divisor_of(g.R);
   p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
-  if (p.pipeline && lola_device_is_hedgehog(g.map) && !g.stores_features && g.F == SMALL_F && aligned_weights(g) &&
-      p.call_aligned && p.query_aligned) {
+  if (p.pipeline && has_wide_features(g) && p.call_aligned && p.query_aligned) {
     const int widest =
         g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
     p.small = plan_small(g, p, *limits, widest, small);
@@ -949,8 +954,8 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
     const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
     if (others > floats) floats = others;
   }
-  return counter_bytes(shape.batch, shape.kv_heads) + rows_bytes(shape.batch) +
-         phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
+  return static_cast<int64_t>(sizeof(decode_signals)) + counter_bytes(shape.batch, shape.kv_heads) +
+         rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
 }
 
 namespace {
@@ -976,9 +981,17 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
   return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
 }
 
-lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, bool pipeline,
                            const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
                            lola_message *message) {
+  if (pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY && rows_are_aligned(g.q)) {
+    const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
+    cudaError_t error = allow_shared<decode_wide_queries_kernel>(WIDE_BYTES, device);
+    if (error == cudaSuccess)
+      error = lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(1 + g.Hq * blocks),
+                                       WIDE_THREADS, WIDE_BYTES, stream, g, rows, blocks, places.rows, places.phi);
+    return launched(error, "decode_queries", message);
+  }
   query_plan plan = plan_queries(g, 1);
   const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
                     MANY_ROWS * query_bytes(g, plan) <= 48 << 10;
@@ -990,8 +1003,8 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
   if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
   const auto queue = [&](auto kernel) {
-    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
-                                    places.ordered, places.phi);
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan,
+                                    places.rows, places.phi);
   };
   cudaError_t error = cudaSuccess;
   if (many) {
@@ -1023,12 +1036,12 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   small_plan small = {};
   lola_status status = plan_step(g, &plan, &small, &device, &limits, message);
   if (status) return status;
-  plan.awaits = !updates;
   const scratch_places places = places_in(scratch, g);
-  if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
+  if (!plan.small) status = launch_queries(g, rows, plan.pipeline, places, limits, device, stream, message);
   if (updates) {
     const bool projects = !g.slot_phi;
-    if (!status && projects) status = lola_cuda_update(segment, rows, plan.small, stream, message);
+    if (!status && projects)
+      status = lola_cuda_update(segment, rows, plan.small ? nullptr : &places.rows, stream, message);
     if (!status && !projects)
       status =
           lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
@@ -1039,7 +1052,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   }
   if (status) return status;
   if (plan.small) {
-    small.awaits = plan.awaits;
+    small.awaits = !updates;
     small.updates = updates;
     return launched(g.dtype == LOLA_FLOAT16 ? launch_small<__half>(g, rows, small, places.row_counters, stream)
                                             : launch_small<__nv_bfloat16>(g, rows, small, places.row_counters, stream),

@@ -2,6 +2,7 @@
 #ifndef LOLA_CUDA_DECODE_CUH
 #define LOLA_CUDA_DECODE_CUH
 
+#include "decode_rows.cuh"
 #include "segment.cuh"
 
 namespace {
@@ -45,37 +46,24 @@ struct decode_plan {
   int sets;                           /* per KV head */
   int state_parts;                    /* of a query head's state */
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
-  int64_t items;  /* of a (row, KV head), in all: first states, then sparse tiles, then the window */
-  int64_t slots;  /* partials per query head */
-  int64_t blocks; /* of the main kernel */
-  divisor by_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C, by_R;
+  int64_t items;                      /* of a (row, KV head), in all: states, sparse tiles, window tiles */
+  int64_t pair_items;                 /* of them, all but the states */
+  int64_t slots;                      /* partials per query head */
+  int64_t blocks;                     /* of the main kernel */
+  divisor by_items, by_pair_items, by_state_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C,
+      by_R;
   int small_sizes;                 /* C, R and W fit 31 bits */
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
   int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */
   int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
-  int awaits;                      /* no update's kernels come before the main one */
   int small;                       /* a unit a block, and no kernel for queries */
   int gathers; /* it reads pairs that enter the sparse cache from the window ring, and commits them to their slots */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */
   int newest_at;
   int reduce_at, phi_at; /* of a hidden state */
   int64_t shared_bytes;
-};
-
-/* A row as the step's first kernel finds it. */
-struct decode_row {
-  int64_t batch, first, position, chunk; /* of its token */
-  int row;                               /* -1: idle */
-  int ring_slot;                         /* of its token */
-  int window_pairs, window_slot;         /* with the newest; ring slot of the first */
-};
-
-/* All rows: those that this step updates come last. */
-struct decode_rows {
-  decode_row *rows;
-  int *plain; /* how many come before them */
 };
 
 /* --- copies ------------------------------------------------------------------------------------------ */

@@ -1,13 +1,14 @@
 /* Decoding for 16-bit caches with D = Dv = 128, as one stream of bytes: a block takes a run of units, each of 32 KB,
- * one after the other, and always has the next STAGES - 1 of them under way (cp.async), whatever it is doing.
+ * one after the other, and always has the next one under way (cp.async), whatever it is doing.
  * What the products have on the left, q or phi(q), comes along with the unit: where so much is under way, nothing comes
  * at once.
  *
  * A unit is 64 pairs of a sparse cache or of a window, or 64 rows of a hidden state. Units are numbered through all
- * (row, KV head), those of one side by side; each block has an even share. Rows that the step updates are shared out
- * apart, after the others, and it is only for them that a block waits for the update's kernels. A warp copies and works
- * on a quarter of a unit: whole runs of 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts. A
- * unit leaves a partial as decode.cu says, so it does not matter which block worked on it.
+ * (row, KV head), first the pairs of all, then the states, which wait for phi(q); at the end, in the same order, those
+ * of rows that the step updates, which wait for the update's kernels. Blocks take them one by one in this order, so
+ * that none idles while there is work, whatever else its multiprocessor has to do. A unit leaves a partial as decode.cu
+ * says, so it does not matter which block worked on it. A warp copies and works on a quarter of a unit: whole runs of
+ * 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts.
  *
  * Pairs are on the right of products on the matrix units, as in decode_matrix.cuh: S = Q K^T, P = exp2(S - max),
  * O = P V. Of P rows 0-7 on the left are its 16-bit halves `hi`, rows 8-15 what rounding left over. Lane
@@ -16,8 +17,11 @@
 #ifndef LOLA_CUDA_DECODE_PIPELINE_CUH
 #define LOLA_CUDA_DECODE_PIPELINE_CUH
 
+#include "chain.cuh"
 #include "decode_matrix.cuh"
 #include "decode_state.cuh"
+
+#include <cstddef>
 
 namespace {
 
@@ -31,95 +35,125 @@ constexpr int QUERIES_AT = WARPS * QUARTER_BYTES, REST_AT = QUERIES_AT + MATRIX_
 constexpr int STAGE_BYTES = REST_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int PIPELINE_BYTES = 2 * STAGE_BYTES;
 constexpr int SUM_PITCH = WIDE + 8; /* floats of a head's sums in shared memory */
-constexpr int MOST_GROUPS = 16;     /* that a block's run touches */
 static_assert(QUARTER * WIDE * 4 == QUARTER_BYTES, "a quarter holds as many rows of a state as pairs");
 static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER_BYTES, "sums take the place of a quarter");
 
-/* What a block knows of a (row, KV head), looked up once. */
+/* What a block knows of a (row, KV head). */
 struct group_facts {
-  decode_row of; /* row -1: idle, and nothing else is known */
+  decode_row of; /* row -1: nothing to do */
   int kv_head;
   unsigned group;           /* row * Hkv + kv_head */
   unsigned folded;          /* a bit per query head: there is a state to read */
   int counts[MATRIX_HEADS]; /* sparse pairs of each set */
 };
 
-enum unit_kind { STATE_UNIT, SPARSE_UNIT, WINDOW_UNIT };
+enum unit_kind { NO_UNIT, STATE_UNIT, SPARSE_UNIT, WINDOW_UNIT };
 
 struct work_unit {
-  int group; /* of the block's, from 0 */
   unit_kind kind;
-  int which; /* query head of the group, or set */
-  int tile;  /* tile of pairs, or part of the state */
+  int which;   /* query head of the group, or set */
+  int tile;    /* tile of pairs, or part of the state */
+  int updated; /* it is one of those at the end */
 };
 
-__device__ __forceinline__ work_unit unit_at(const decode_plan &plan, unsigned index, unsigned first_group) {
-  work_unit u;
-  const unsigned group = divided(index, plan.by_items);
-  u.group = static_cast<int>(group - first_group);
-  unsigned item = index - group * static_cast<unsigned>(plan.items);
-  u.which = 0;
-  if (item < static_cast<unsigned>(plan.state_items)) {
-    u.kind = STATE_UNIT;
-    u.which = static_cast<int>(divided(item, plan.by_state_parts));
-    u.tile = static_cast<int>(item) - u.which * plan.state_parts;
-    return u;
-  }
-  item -= static_cast<unsigned>(plan.state_items);
-  u.kind = item < static_cast<unsigned>(plan.sparse_items) ? SPARSE_UNIT : WINDOW_UNIT;
-  if (u.kind == SPARSE_UNIT)
-    u.which = static_cast<int>(divided(item, plan.by_sparse_tiles));
-  else
-    item -= static_cast<unsigned>(plan.sparse_items);
-  u.tile = static_cast<int>(item) - u.which * static_cast<int>(plan.sparse_tiles);
-  return u;
-}
+/* A unit, and what is known of its (row, KV head). */
+struct known_unit {
+  group_facts facts;
+  work_unit unit;
 
-/* Units of some rows, and how they are shared out: `run` for each block, one more for the first `longer` of them. */
-struct unit_share {
-  unsigned first_row, units, run, longer;
-
-  __device__ __forceinline__ unit_share(const lola_device_segment &g, const decode_plan &plan, unsigned blocks,
-                                        unsigned first, unsigned rows)
-      : first_row(first), units(rows * g.Hkv * static_cast<unsigned>(plan.items)), run(units / blocks),
-        longer(units - run * blocks) {}
-
-  __device__ __forceinline__ unsigned begin(unsigned block) const { return block * run + min(block, longer); }
-
-  /* The block whose run holds a unit. */
-  __device__ __forceinline__ unsigned block_of(unsigned unit) const {
-    const unsigned before = longer * (run + 1);
-    return unit < before ? unit / (run + 1) : longer + (unit - before) / run;
-  }
+  __device__ __forceinline__ bool is_work() const { return unit.kind != NO_UNIT && facts.of.row >= 0; }
 };
 
-/* A unit into L2, by one thread, before anything is known of its row. */
-__device__ __forceinline__ void prefetch_unit(const lola_device_segment &g, const decode_plan &plan, unsigned unit) {
-  const work_unit u = unit_at(plan, unit, 0);
-  const int64_t group = u.group;
-  if (u.kind == STATE_UNIT) {
-    if (g.mixing != LOLA_MIXING_CACHE_ONLY)
-      prefetch_once(g.hidden + ((group * g.r + u.which) * g.F + u.tile * UNIT_PAIRS) * WIDE, QUERIES_AT);
-    return;
+/* Where a unit belongs: of the rows, or of those that are updated, the index of the row times Hkv plus KV head. */
+struct unit_place {
+  work_unit unit;
+  unsigned group;
+};
+
+/* The unit that comes at `index`. */
+__device__ __forceinline__ unit_place unit_at(const lola_device_segment &g, const decode_plan &plan, unsigned index,
+                                              unsigned updated_rows) {
+  unit_place p = {};
+  const unsigned items = static_cast<unsigned>(plan.items), pairs = static_cast<unsigned>(plan.pair_items);
+  unsigned groups = static_cast<unsigned>(g.B * g.Hkv);
+  if (index >= groups * items) {
+    index -= groups * items;
+    groups = updated_rows * g.Hkv;
+    p.unit.updated = 1;
+    if (index >= groups * items) return p;
   }
-  const bool sparse = u.kind == SPARSE_UNIT;
-  const int64_t slots = sparse ? g.L : g.R, before = static_cast<int64_t>(u.tile) * UNIT_PAIRS;
-  const int64_t at = ((sparse ? group * plan.sets + u.which : group) * slots + before) * ROW_BYTES;
-  const int64_t bytes = min(slots - before, static_cast<int64_t>(UNIT_PAIRS)) * ROW_BYTES;
-  prefetch_once(static_cast<const char *>(sparse ? g.sparse_keys : g.window_keys) + at, bytes);
-  prefetch_once(static_cast<const char *>(sparse ? g.sparse_values : g.window_values) + at, bytes);
+  if (index >= groups * pairs) {
+    index -= groups * pairs;
+    p.group = divided(index, plan.by_state_items);
+    const unsigned item = index - p.group * static_cast<unsigned>(plan.state_items);
+    p.unit.kind = STATE_UNIT;
+    p.unit.which = static_cast<int>(divided(item, plan.by_state_parts));
+    p.unit.tile = static_cast<int>(item) - p.unit.which * plan.state_parts;
+    return p;
+  }
+  p.group = divided(index, plan.by_pair_items);
+  const int item = static_cast<int>(index - p.group * pairs), sparse = static_cast<int>(plan.sparse_items);
+  p.unit.kind = item < sparse ? SPARSE_UNIT : WINDOW_UNIT;
+  p.unit.tile = item - sparse;
+  if (item < sparse) {
+    p.unit.which = static_cast<int>(divided(static_cast<unsigned>(item), plan.by_sparse_tiles));
+    p.unit.tile = item - p.unit.which * static_cast<int>(plan.sparse_tiles);
+  }
+  return p;
 }
 
-/* The first two units of every block's run if no row is updated, by all blocks of a kernel that has time for it. */
-__device__ __forceinline__ void prefetch_first_units(const lola_device_segment &g, const decode_plan &plan) {
-  const unsigned blocks = static_cast<unsigned>(plan.blocks);
-  const unit_share share(g, plan, blocks, 0, g.B);
-#pragma unroll 1
-  for (unsigned i = blockIdx.x + gridDim.x * threadIdx.x; i < 2 * blocks; i += gridDim.x * THREADS) {
-    const unsigned unit = share.begin(i / 2) + i % 2;
-    if (unit < share.begin(i / 2 + 1)) prefetch_unit(g, plan, unit);
+/* A warp's look at what is known of a unit's (row, KV head), once what the unit needs has been written: a word a lane,
+ * on its way until `keep` needs it. */
+struct facts_ahead {
+  enum { ROW = 0, COUNTS = 8, FOLDED = 16 }; /* the first lane of each */
+  unit_place place;
+  int kv_head;
+  unsigned group;
+  int64_t word;
+
+  __device__ __forceinline__ void ask(const lola_device_segment &g, const decode_plan &plan, const decode_rows &known,
+                                      const unit_place &at, bool *queries_known) {
+    static_assert(sizeof(decode_row) % 8 == 0 && sizeof(decode_row) / 8 <= COUNTS && MATRIX_HEADS == 8, "a lane each");
+    const int lane = threadIdx.x % 32;
+    place = at;
+    word = 0;
+    if (at.unit.kind == NO_UNIT) return;
+    if (at.unit.updated) lola_device_await_previous();
+    if (at.unit.kind == STATE_UNIT && !*queries_known) {
+      await_queries(known);
+      if (lane == 0) *queries_known = true;
+    }
+    unsigned row = divided(at.group, plan.by_kv_heads);
+    kv_head = static_cast<int>(at.group - row * g.Hkv);
+    if (at.unit.updated) row = static_cast<unsigned>(__ldcg(known.updated + row));
+    group = row * g.Hkv + kv_head;
+    const int64_t *from = nullptr;
+    if (lane < static_cast<int>(sizeof(decode_row) / 8))
+      from = reinterpret_cast<const int64_t *>(known.rows + row) + lane;
+    if (g.L && lane >= COUNTS && lane - COUNTS < plan.sets)
+      from = g.sparse_count + static_cast<int64_t>(group) * plan.sets + (lane - COUNTS);
+    if (g.mixing != LOLA_MIXING_CACHE_ONLY && lane >= FOLDED && lane - FOLDED < g.r)
+      from = g.folded + static_cast<int64_t>(group) * g.r + (lane - FOLDED);
+    if (from) word = __ldcg(from);
   }
-}
+
+  __device__ __forceinline__ void keep(known_unit *to) {
+    const int lane = threadIdx.x % 32;
+    constexpr int UPDATED = offsetof(decode_row, updated) / 8, NUMBER = offsetof(decode_row, row) / 8;
+    const unsigned folded = __ballot_sync(ALL, word != 0) >> FOLDED & ((1u << MATRIX_HEADS) - 1);
+    const bool updated = static_cast<int>(__shfl_sync(ALL, word, UPDATED)) != 0;
+    /* An updated row's time comes at the end. */
+    if (lane == NUMBER && updated && !place.unit.updated) word |= 0xffffffff;
+    if (lane < static_cast<int>(sizeof(decode_row) / 8)) reinterpret_cast<int64_t *>(&to->facts.of)[lane] = word;
+    if (lane >= COUNTS && lane < COUNTS + MATRIX_HEADS) to->facts.counts[lane - COUNTS] = static_cast<int>(word);
+    if (lane == 0) {
+      to->facts.kv_head = kv_head;
+      to->facts.group = group;
+      to->facts.folded = folded;
+      to->unit = place.unit;
+    }
+  }
+};
 
 /* Pairs of a unit that exist; may be negative. */
 __device__ __forceinline__ int pairs_of(const group_facts &facts, const work_unit &u) {
@@ -261,14 +295,13 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
 /* Asks for a unit and what its products have on the left; a warp for its quarter. */
 template <typename T>
 __device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
-                                         const group_facts &facts, const work_unit &u, bool gathers,
-                                         const float *query_phi, char *stage) {
-  if (facts.of.row < 0) return;
+                                         const group_facts &facts, const work_unit &u, const float *query_phi,
+                                         char *stage) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char *const quarter = stage + warp * QUARTER_BYTES;
   if (u.kind != STATE_UNIT) {
     ask_queries<T>(g, plan, facts, u, stage);
-    if (gathers && u.kind == SPARSE_UNIT)
+    if (u.updated && plan.gathers && u.kind == SPARSE_UNIT)
       ask_pairs<true>(g, plan, facts, u, quarter);
     else
       ask_pairs<false>(g, plan, facts, u, quarter);

@@ -1,5 +1,5 @@
-/* phi(q) of every (row, query head), the rows' spans and their order, before anything else of a decoding step. While
- * this and the update's kernels look for work memory has none, so it also brings the main kernel's first bytes into L2.
+/* phi(q) of every (row, query head) and what there is to know of the rows (decode_rows.cuh), before anything else of a
+ * decoding step.
  *
  * A block takes one head and up to ROWS rows, so that a large batch reads the feature map's weights (D x M float32,
  * from L2) once for several rows. Sums are in an order that is fixed by the sizes alone: a row's features have the same
@@ -8,7 +8,7 @@
 #define LOLA_CUDA_DECODE_QUERIES_CUH
 
 #include "chain.cuh"
-#include "decode_pipeline.cuh"
+#include "decode.cuh"
 #include "plan.cuh"
 #include "scan.cuh"
 
@@ -151,6 +151,34 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   }
 }
 
+/* --- Hedgehog's 128 features of vectors of 128, the same as `project` and `exponentials` make ------- */
+
+constexpr int WIDE_F = 128, WIDE_M = WIDE_F / 2; /* features, columns of the projection */
+constexpr int WIDE_PARTS = 8;                    /* that a column's sum has: of d = part, part + 8, ... */
+
+/* Floats as integers in the same order, and back. */
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
+
+/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by a warp from the PARTS
+ * parts of x = q W. */
+__device__ __forceinline__ void wide_features(const float *parts, bool negative, bool normalise, float (&phi)[2]) {
+  const int lane = threadIdx.x % 32;
+  const float sign = negative ? -1 : 1;
+  const float x[2] = {sign * add_groups(parts + lane, WIDE_PARTS, WIDE_M),
+                      sign * add_groups(parts + lane + 32, WIDE_PARTS, WIDE_M)};
+  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(x[0], x[1]))));
+  const float up[2] = {expf(x[0] - high), expf(x[1] - high)};
+  const float sum = warp_sum(up[0] + up[1]), scale = normalise ? 1 / sum : 1;
+#pragma unroll
+  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, LOLA_FEATURE_FLOOR, true);
+}
+
+/* --- the rows ---------------------------------------------------------------------------------------- */
+
 /* The window of a row, with the newest pair, as decode_row has it. */
 __device__ __forceinline__ decode_row describe(const lola_device_segment &g, const lola_device_span &span, int row) {
   const int64_t chunk = span.position / g.C, start = chunk * g.C - g.W, first = start > 0 ? start : 0;
@@ -163,52 +191,67 @@ __device__ __forceinline__ decode_row describe(const lola_device_segment &g, con
   d.ring_slot = static_cast<int>(span.position % g.R);
   d.window_pairs = static_cast<int>(span.position + 1 - first);
   d.window_slot = static_cast<int>(first % g.R);
+  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
+  d.updated = leaving.end > leaving.first;
+  d.unused = 0;
   return d;
 }
 
-__device__ __forceinline__ bool is_updated(const lola_device_segment &g, const lola_device_span &span) {
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-  return leaving.end > leaving.first;
+/* Spans and rows, by one block. */
+__device__ __forceinline__ void write_rows(const lola_device_segment &g, const call_rows &rows,
+                                           const decode_rows &known) {
+  __shared__ int updated_rows;
+  if (threadIdx.x == 0) updated_rows = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int row = threadIdx.x; row < g.B; row += blockDim.x) {
+    const lola_device_span span = span_of(g, rows, row, 0, 1);
+    const decode_row d = describe(g, span, row);
+    if (d.updated) known.updated[atomicAdd(&updated_rows, 1)] = row;
+    g.spans[row] = span;
+    known.rows[row] = d;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) known.signals->updated_rows = updated_rows;
 }
 
-/* Spans, and the rows in order, by one block. */
-__device__ __forceinline__ void write_rows(const lola_device_segment &g, const call_rows &rows,
-                                           const decode_rows &ordered) {
-  __shared__ int counts[WARPS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int plain = 0;
-#pragma unroll 1
-  for (int base = 0; base < g.B; base += THREADS) {
-    const int row = base + static_cast<int>(threadIdx.x);
-    bool counted = false;
-    if (row < g.B) {
-      const lola_device_span span = span_of(g, rows, row, 0, 1);
-      counted = !is_updated(g, span);
-      g.spans[row] = span;
-    }
-    plain += __syncthreads_count(counted);
+/* What the first block does, instead of phi(q). */
+__device__ __forceinline__ void first_block(const lola_device_segment &g, const call_rows &rows,
+                                            const decode_rows &known) {
+  lola_device_await_previous();
+  if (threadIdx.x == 0) {
+    known.signals->ticket = known.signals->rows_known = 0;
+    __threadfence();
   }
-  if (threadIdx.x == 0) *ordered.plain = plain;
-  int before = 0; /* plain rows of those before `base` */
-#pragma unroll 1
-  for (int base = 0; base < g.B; base += THREADS) {
-    const int row = base + static_cast<int>(threadIdx.x);
-    lola_device_span span = {};
-    if (row < g.B) span = g.spans[row]; /* this thread's own */
-    const bool counted = row < g.B && !is_updated(g, span);
-    const unsigned bits = __ballot_sync(ALL, counted);
-    if (lane == 0) counts[warp] = __popc(bits);
-    __syncthreads();
-    int all = 0, own = before + __popc(bits & ((1u << lane) - 1));
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      if (w < warp) own += counts[w];
-      all += counts[w];
-    }
-    if (row < g.B) ordered.rows[counted ? own : plain + row - own] = describe(g, span, row);
-    before += all;
-    __syncthreads();
+  __syncthreads();
+  lola_device_start_next(); /* whose blocks find no rows but this step's */
+  write_rows(g, rows, known);
+  if (threadIdx.x == 0) {
+    add_signal(&known.signals->queries, ALL_QUERIES - (gridDim.x - 1));
+    store_signal(&known.signals->rows_known, 1);
   }
+}
+
+/* Where `count` rows' tokens lie, from row `first` on: their place in the batch, -1 if idle, and offset. */
+__device__ __forceinline__ void look_up_rows(const call_rows &rows, int B, int first, int count, int64_t *batch,
+                                             int64_t *offset) {
+  lola_device_await_previous();
+  lola_device_start_next();
+  const int own = static_cast<int>(threadIdx.x);
+  if (own < count) {
+    const int row = first + own;
+    int64_t start = 0, stop = 0;
+    if (row < B) row_range(rows, row, &start, &stop);
+    batch[own] = stop <= start ? -1 : rows.cu_seqlens.data ? 0 : row;
+    offset[own] = start;
+  }
+  __syncthreads();
+}
+
+/* The block's phi(q) are written. */
+__device__ __forceinline__ void signal_queries(const decode_rows &known) {
+  __syncthreads();
+  if (threadIdx.x == 0) add_signal(&known.signals->queries, 1);
 }
 
 /* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the kernels
@@ -216,8 +259,7 @@ __device__ __forceinline__ void write_rows(const lola_device_segment &g, const c
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step,
-                          decode_rows ordered, float *phi) {
+                          const __grid_constant__ query_plan plan, const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
   const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
@@ -225,24 +267,10 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
   if (block < 0) {
-    lola_device_await_previous();
-    lola_device_start_next();
-    write_rows(g, rows, ordered);
-    if (step.pipeline) prefetch_first_units(g, step);
+    first_block(g, rows, known);
     return;
   }
-  const auto look_up = [&] {
-    lola_device_await_previous();
-    lola_device_start_next();
-    if (threadIdx.x < ROWS) {
-      const int row = first + threadIdx.x;
-      int64_t start = 0, stop = 0;
-      if (row < g.B) row_range(rows, row, &start, &stop);
-      batch[threadIdx.x] = stop <= start ? -1 : rows.cu_seqlens.data ? 0 : row;
-      offset[threadIdx.x] = start;
-    }
-    __syncthreads();
-  };
+  const auto look_up = [&] { look_up_rows(rows, g.B, first, ROWS, batch, offset); };
   const bool round = g.dtype != LOLA_FLOAT32;
   float *out = phi + (static_cast<int64_t>(first) * g.Hq + head) * F;
   const int64_t row_step = static_cast<int64_t>(g.Hq) * F;
@@ -255,6 +283,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       const float y = lola_device_load(lola_device_at(g.q_features, batch[q], offset[q], head), f, g.q_features.dtype);
       out[q * row_step + f] = round ? __bfloat162float(__float2bfloat16_rn(y)) : y;
     }
+    signal_queries(known);
     return;
   }
   float *parts = query_memory, *x = query_memory + plan.x_at;
@@ -285,7 +314,6 @@ __global__ void __launch_bounds__(THREADS, 4)
   } else {
     project<1, ROWS>(weights, D, M, plan, x, parts, stage);
   }
-  if (step.pipeline) prefetch_first_units(g, step); /* behind what this kernel itself waits for */
   if (hedgehog) {
     const int warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -293,6 +321,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       if (batch[q] >= 0)
         exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round,
                      query_memory + plan.phi_at + q * F, out + q * row_step);
+    signal_queries(known);
     return;
   }
 #pragma unroll 1
@@ -303,6 +332,73 @@ __global__ void __launch_bounds__(THREADS, 4)
     out[q * row_step + f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, LOLA_FEATURE_FLOOR, round)
                                                         : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
   }
+  signal_queries(known);
+}
+
+/* The same for Hedgehog's 128 features of vectors of 128. A block has one head and up to WIDE_ROWS rows, four of which
+ * each of its teams takes at a time: few blocks, so that others find room beside them, and each reads the weights once,
+ * into registers. */
+constexpr int WIDE_TEAMS = 4, WIDE_THREADS = WIDE_TEAMS * THREADS, WIDE_ROWS = 64;
+constexpr int WIDE_BYTES = (WIDE_ROWS * WIDE_F + WIDE_TEAMS * WARPS * WIDE_PARTS * WIDE_M) * 4;
+
+__global__ void __launch_bounds__(WIDE_THREADS, 1)
+    decode_wide_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                               int blocks, const decode_rows known, float *phi) {
+  extern __shared__ __align__(16) float query_memory[];
+  __shared__ int64_t batch[WIDE_ROWS], offset[WIDE_ROWS];
+  constexpr int D = WIDE_F, STEPS = D / WIDE_PARTS;
+  if (blockIdx.x == 0) {
+    first_block(g, rows, known);
+    return;
+  }
+  const int block = static_cast<int>(blockIdx.x) - 1, head = block / blocks,
+            first = (block - head * blocks) * WIDE_ROWS;
+  const int count = min(g.B - first, WIDE_ROWS);
+  const int team = threadIdx.x / THREADS, own = threadIdx.x % THREADS, warp = own / 32, lane = threadIdx.x % 32;
+  const int part = own / 16, column = own % 16 * 4;
+  float w[STEPS][4];
+  const float *const weights = g.map.w_q + (static_cast<int64_t>(head) * D + part) * WIDE_M + column;
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) load_weights<4>(weights + i * WIDE_PARTS * WIDE_M, w[i]);
+  look_up_rows(rows, g.B, first, WIDE_ROWS, batch, offset);
+  float *const x = query_memory;
+  for (int i = threadIdx.x; i < count * (D / 8); i += WIDE_THREADS) {
+    const int row = i / (D / 8), piece = i % (D / 8);
+    float eight[8] = {};
+    if (batch[row] >= 0) load_eight(lola_device_at(g.q, batch[row], offset[row], head), piece, g.q.dtype, eight);
+    store_floats<8>(x + row * D + piece * 8, eight);
+  }
+  __syncthreads();
+  float *const parts = query_memory + WIDE_ROWS * D + team * (WARPS * WIDE_PARTS * WIDE_M);
+  const auto team_sync = [team] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(THREADS) : "memory"); };
+#pragma unroll 1
+  for (int row = team * WARPS; row < count; row += WIDE_TEAMS * WARPS) {
+#pragma unroll
+    for (int r = 0; r < WARPS; r++) {
+      float sum[4] = {0, 0, 0, 0};
+      const float *const from = x + min(row + r, count - 1) * D + part;
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
+        const float factor = from[i * WIDE_PARTS];
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[e] = fmaf(factor, w[i][e], sum[e]);
+      }
+      store_floats<4>(parts + (r * WIDE_PARTS + part) * WIDE_M + column, sum);
+    }
+    team_sync();
+    if (row + warp < count && batch[row + warp] >= 0) {
+      float *const out = phi + (static_cast<int64_t>(first + row + warp) * g.Hq + head) * WIDE_F;
+#pragma unroll
+      for (int sign = 0; sign < 2; sign++) {
+        float y[2];
+        wide_features(parts + warp * WIDE_PARTS * WIDE_M, sign, g.map.kind == LOLA_MAP_HEDGEHOG, y);
+        out[sign * WIDE_M + lane] = y[0];
+        out[sign * WIDE_M + lane + 32] = y[1];
+      }
+    }
+    team_sync(); /* the parts were read */
+  }
+  signal_queries(known);
 }
 
 } // namespace

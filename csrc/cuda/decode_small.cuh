@@ -17,20 +17,20 @@
 namespace {
 
 constexpr int SMALL_WARPS = 8, SMALL_THREADS = SMALL_WARPS * 32;
-constexpr int SMALL_F = 128, SMALL_M = SMALL_F / 2; /* features, columns of the projection */
-constexpr int CLERK = WARPS;                        /* the warp that looks after counters; it does not merge */
-constexpr int TILES = SMALL_WARPS / WARPS;          /* that a block works on at a time */
-constexpr int TILE_FLOATS = WIDE + 4;               /* o, m, l of a head's tile in shared memory */
-constexpr int TILE_SENT = WIDE * 4 + 8;             /* bytes of it */
-constexpr int MOST_SMALL_BLOCKS = 3; /* per multiprocessor: from there on decode_pipeline.cuh is faster */
-constexpr int MOST_SMALL_TILES = 48; /* that a head is sent */
-constexpr int MERGE = 12;            /* tiles that a head adds at a time */
+constexpr int CLERK = WARPS;               /* the warp that looks after counters; it does not merge */
+constexpr int TILES = SMALL_WARPS / WARPS; /* that a block works on at a time */
+constexpr int TILE_FLOATS = WIDE + 4;      /* o, m, l of a head's tile in shared memory */
+constexpr int TILE_SENT = WIDE * 4 + 8;    /* bytes of it */
+constexpr int MOST_SMALL_BLOCKS = 3;       /* per multiprocessor: from there on decode_pipeline.cuh is faster */
+constexpr int MOST_SMALL_TILES = 48;       /* that a head is sent */
+constexpr int MERGE = 12;                  /* tiles that a head adds at a time */
 /* Of a head: its state, N of the quarters, the warps' parts of q W. */
-constexpr int STATE_FLOATS = SMALL_F * WIDE + SMALL_WARPS * (WIDE + SMALL_M);
+constexpr int STATE_FLOATS = WIDE_F * WIDE + SMALL_WARPS * (WIDE + WIDE_M);
 static_assert(SMALL_WARPS * MATRIX_HEADS * SUM_PITCH <= STATE_FLOATS);
 constexpr int PROJECTION_ROWS = WIDE / SMALL_WARPS; /* of the weights, per warp */
-static_assert(SMALL_F == SMALL_WARPS * QUARTER, "a warp has a quarter of a state's part");
-static_assert(SMALL_M == 2 * 32 && WIDE == 4 * 32, "columns of a lane");
+static_assert(WIDE_F == SMALL_WARPS * QUARTER, "a warp has a quarter of a state's part");
+static_assert(SMALL_WARPS == WIDE_PARTS, "a part each");
+static_assert(WIDE_M == 2 * 32 && WIDE == 4 * 32, "columns of a lane");
 
 struct small_plan {
   int blocks;                     /* of a cluster */
@@ -319,27 +319,6 @@ __device__ __forceinline__ void add_quarters(const float *merge, int step, const
 
 /* --- a query head ----------------------------------------------------------------------------------- */
 
-/* Floats as integers in the same order, and back. */
-__device__ __forceinline__ int ordered(float x) {
-  const int bits = __float_as_int(x);
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
-__device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
-
-/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by each warp from all the
- * warps' parts of x = q W. */
-__device__ __forceinline__ void small_features(const float *parts, bool negative, bool normalise, float (&phi)[2]) {
-  const int lane = threadIdx.x % 32;
-  const float sign = negative ? -1 : 1;
-  const float x[2] = {sign * add_groups(parts + lane, SMALL_WARPS, SMALL_M),
-                      sign * add_groups(parts + lane + 32, SMALL_WARPS, SMALL_M)};
-  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(x[0], x[1]))));
-  const float up[2] = {expf(x[0] - high), expf(x[1] - high)};
-  const float sum = warp_sum(up[0] + up[1]), scale = normalise ? 1 / sum : 1;
-#pragma unroll
-  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, LOLA_FEATURE_FLOOR, true);
-}
-
 /* Softmax sums of a head's `count` tiles, which lie one after the other, up to whole MERGEs none (-inf and zeros):
  * maximum, sum and this thread's column. The order is add_tiles', every thread for itself: a shuffle takes longer than
  * what it saves. */
@@ -421,16 +400,16 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
 
   /* Into L2 what will be read, and weights into registers. */
   float2 weights[PROJECTION_ROWS];
-  const float *const hidden = g.hidden + static_cast<int64_t>(state) * (SMALL_F * WIDE) + warp * (QUARTER * WIDE);
+  const float *const hidden = g.hidden + static_cast<int64_t>(state) * (WIDE_F * WIDE) + warp * (QUARTER * WIDE);
   const uint32_t own_barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&state_is_there[warp]));
   if (recalls) {
     if (lane == 0) {
       prefetch_once(hidden, QUARTER * WIDE * 4);
       make_barrier(own_barrier);
     }
-    const float *const from = g.map.w_q + static_cast<int64_t>(head) * (WIDE * SMALL_M) + warp * SMALL_M + lane * 2;
+    const float *const from = g.map.w_q + static_cast<int64_t>(head) * (WIDE * WIDE_M) + warp * WIDE_M + lane * 2;
 #pragma unroll
-    for (int i = 0; i < PROJECTION_ROWS; i++) weights[i] = ask_weights(from + i * SMALL_WARPS * SMALL_M);
+    for (int i = 0; i < PROJECTION_ROWS; i++) weights[i] = ask_weights(from + i * SMALL_WARPS * WIDE_M);
   } else if (index + lane * turn < plan.tiles) { /* a lane for each of the warp's tiles */
     int its_set;
     int64_t before;
@@ -480,7 +459,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
 
   if (is_state) {
     float n[4] = {0, 0, 0, 0},
-          z = 0, *const quarters = own + SMALL_F * WIDE, *const parts = quarters + SMALL_WARPS * WIDE;
+          z = 0, *const quarters = own + WIDE_F * WIDE, *const parts = quarters + SMALL_WARPS * WIDE;
     if (recalls) {
       float *const h = own + warp * (QUARTER * WIDE);
       if (lane == 0) {
@@ -489,7 +468,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
       }
       const bool folded = __ldcg(g.folded + state);
       float s = 0;
-      if (lane < QUARTER) s = __ldcg(g.normalizer + static_cast<int64_t>(state) * SMALL_F + warp * QUARTER + lane);
+      if (lane < QUARTER) s = __ldcg(g.normalizer + static_cast<int64_t>(state) * WIDE_F + warp * QUARTER + lane);
       const float factors = static_cast<float>(*reinterpret_cast<const T *>(&x));
       float sum[2] = {0, 0};
 #pragma unroll
@@ -498,10 +477,10 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
         sum[0] = fmaf(factor, weights[i].x, sum[0]);
         sum[1] = fmaf(factor, weights[i].y, sum[1]);
       }
-      *reinterpret_cast<float2 *>(parts + warp * SMALL_M + lane * 2) = make_float2(sum[0], sum[1]);
+      *reinterpret_cast<float2 *>(parts + warp * WIDE_M + lane * 2) = make_float2(sum[0], sum[1]);
       __syncthreads();
       float phi[2];
-      small_features(parts, warp >= SMALL_WARPS / 2, g.map.kind == LOLA_MAP_HEDGEHOG, phi);
+      wide_features(parts, warp >= SMALL_WARPS / 2, g.map.kind == LOLA_MAP_HEDGEHOG, phi);
       const float mine = warp / 2 % 2 ? phi[1] : phi[0];
       const int base = warp % 2 * QUARTER;
       await_barrier(own_barrier);
@@ -597,7 +576,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   }
   if (is_state && warp < WARPS) {
     float n = 0, z = 0, high = -INFINITY, sum = 0, o = 0;
-    const float *const quarters = own + SMALL_F * WIDE + threadIdx.x;
+    const float *const quarters = own + WIDE_F * WIDE + threadIdx.x;
 #pragma unroll
     for (int part = 0; part < SMALL_WARPS; part += WARPS) {
       n += add_groups(quarters + part * WIDE, WARPS, WIDE);

@@ -3,13 +3,15 @@
  * Unlike a segment's scan it computes the features itself, in the place of the keys: a decoding step has little to do
  * but much to wait for, and a kernel that computed them before this one would be one more to wait for, and their way
  * through memory one more. The blocks of a head share out its pairs and send each other what they have. For the same
- * reason it looks up by itself which rows end a chunk, and runs beside the kernel before it.
+ * reason it runs beside the step's first kernel and waits only for what that one says of the rows, or, in a step
+ * without one, looks up by itself which rows end a chunk.
  * The arithmetic is that of features.cu and of scan_wgmma.cuh, so that bits do not tell how a pair or a state came to
  * be.
  */
 #ifndef LOLA_CUDA_SCAN_UPDATE_CUH
 #define LOLA_CUDA_SCAN_UPDATE_CUH
 
+#include "cuda/decode_rows.cuh"
 #include "cuda/features_matrix.cuh"
 #include "cuda/plan.cuh"
 #include "cuda/scan_wgmma.cuh"
@@ -375,13 +377,13 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
 
 #endif
 
-/* Rows are looked up before the kernel before this one has ended, but where it `awaits` that first. That kernel has
- * awaited all before it, writes nothing of what an update reads, and reads nothing of what it writes. The last
- * cluster's blocks await it in any case: so does who awaits this kernel, and it starts no sooner. */
+/* Where rows are `known` it runs beside the kernel that finds out about them, which writes nothing else of what an
+ * update reads, and reads nothing of what it writes. The last cluster awaits that one, at its end: so does who awaits
+ * this. */
 template <typename T>
 __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
-                        const __grid_constant__ call_rows rows, int awaits) {
+                        const __grid_constant__ call_rows rows, const __grid_constant__ decode_rows known) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   cluster_shared &shared = shared_of(plan);
   const tables t = tables_of(plan);
@@ -390,14 +392,24 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.rank = blockIdx.x % plan.blocks;
   block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
-  lola_device_begin(!(awaits || group == plan.groups - 1));
+  const bool beside = known.signals != nullptr;
+  lola_device_begin(beside);
+  int looked_at = g.B; /* rows */
+  if (beside) {
+    if (thread == 0) await_rows(known);
+    __syncthreads();
+    looked_at = __ldcg(&known.signals->updated_rows);
+  }
   cluster_turns turns = {};
   bool begun = false;
   int before = 0; /* units of the rows looked at so far */
 #pragma unroll 1
-  for (int first = 0; first < g.B; first += ROWS_AT_ONCE) {
-    const int own = first + thread;
-    const int64_t position = thread < ROWS_AT_ONCE && own < g.B ? updating_position(g, rows, own) : -1;
+  for (int first = 0; first < looked_at; first += ROWS_AT_ONCE) {
+    const int index = first + thread;
+    const bool looks = thread < ROWS_AT_ONCE && index < looked_at;
+    const int row = looks && beside ? __ldcg(known.updated + index) : index;
+    int64_t position = -1;
+    if (looks) position = beside ? __ldcg(&known.rows[row].position) : updating_position(g, rows, row);
     if (!__syncthreads_or(position >= 0)) continue;
     const unsigned bits = __ballot_sync(ALL, position >= 0);
     if (thread < ROWS_AT_ONCE && lane == 0) shared.row_count[warp] = __popc(bits);
@@ -408,7 +420,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
       some += shared.row_count[w];
     }
     if (position >= 0) {
-      shared.rows[at] = own;
+      shared.rows[at] = row;
       positions_of(plan)[at] = position;
       leaving_slots_of(plan)[at] =
           static_cast<int>(lola_device_ring_slot(lola_device_leaving_first(g, position / g.C), g.R));
@@ -432,6 +444,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     before += units;
   }
   if (begun) cluster_wait(); /* nobody leaves while others may write to it */
+  if (beside && group == plan.groups - 1) lola_device_await_previous();
 #endif
 }
 
@@ -449,9 +462,9 @@ inline const void *update_kernel_of(lola_dtype dtype, int panels) {
 }
 
 inline cudaError_t launch_update(const lola_device_segment &g, const cluster_plan &plan, const call_rows &rows,
-                                 int awaits, cudaStream_t stream) {
+                                 decode_rows known, cudaStream_t stream) {
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
-                       const_cast<call_rows *>(&rows), &awaits};
+                       const_cast<call_rows *>(&rows), &known};
   return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes + POSITION_BYTES, stream,
                          arguments);
 }

@@ -52,7 +52,7 @@ LOCAL = {
     # Around the call that breaks ties, and once a chunk.
     r"wgmma_scan::scan_wgmma_kernel<.*>": (72, 0),
     # The same; of float16, whose keys are two halves, also around a tile's products.
-    r"wgmma_scan::update_wgmma_kernel<.*<fp16, 2, .*>>": (88, 5),
+    r"wgmma_scan::update_wgmma_kernel<.*<fp16, 2, .*>>": (96, 5),
     r"wgmma_scan::update_wgmma_kernel<.*>": (48, 0),
     # For pairs that do not fit in shared memory.
     r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),

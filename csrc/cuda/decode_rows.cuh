@@ -1,0 +1,64 @@
+/* What the first kernel of a large decoding step finds out about its rows, for the kernels behind it, and what the
+ * kernels of a step signal each other. They run beside one another: the first one's blocks all run before the next
+ * kernel's start, so these wait for what they need and for no more. */
+#ifndef LOLA_CUDA_DECODE_ROWS_CUH
+#define LOLA_CUDA_DECODE_ROWS_CUH
+
+#include <cstdint>
+
+/* A row as the step begins. */
+struct decode_row {
+  int64_t batch, first, position, chunk; /* of its token */
+  int row;                               /* -1: idle */
+  int ring_slot;                         /* of its token */
+  int window_pairs, window_slot;         /* with the newest; ring slot of the first */
+  int updated;                           /* pairs leave its window in this step */
+  int unused;
+};
+
+/* On lines of their own. Zero before a cache's first step. */
+struct decode_signals {
+  alignas(128) unsigned ticket;     /* units that the main kernel's blocks have taken, beyond those they begin with */
+  alignas(128) unsigned rows_known; /* 1 once the rows of this step are written */
+  int updated_rows;                 /* how many are updated */
+  alignas(128) unsigned queries;    /* a multiple of ALL_QUERIES once rows_known and phi(q) are all written */
+};
+
+struct decode_rows {
+  decode_row *rows; /* in the cache's order */
+  int *updated;     /* which are updated */
+  decode_signals *signals;
+};
+
+namespace {
+
+/* Blocks of the first kernel add up to this: no step needs to know what the one before it left. */
+constexpr unsigned ALL_QUERIES = 0x80000000u;
+
+__device__ __forceinline__ unsigned load_signal(const unsigned *signal) {
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(signal)) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_signal(unsigned *signal, unsigned x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
+}
+
+/* Waits until the rows of this step are written. */
+__device__ __forceinline__ void await_rows(const decode_rows &known) {
+  while (!load_signal(&known.signals->rows_known)) __nanosleep(20);
+}
+
+/* Waits until its phi(q) are written too. */
+__device__ __forceinline__ void await_queries(const decode_rows &known) {
+  while (load_signal(&known.signals->queries) % ALL_QUERIES) __nanosleep(20);
+}
+
+} // namespace
+
+#endif
