@@ -12,6 +12,7 @@ without any, every innermost loop. It fails where
 - a kernel of MATRIX is not there or lacks its instruction,
 - an instruction takes a descriptor of two registers from an odd one, which ptxas of CUDA 13.0 makes of copies with a cache
   hint to an address that a whole warp shares: an illegal instruction,
+- a wait for copies (cp.async.wait_group) can be reached from a copy that nothing has committed before: it does not wait for it,
 - a kernel of sm_90a uses more local memory than LOCAL allows.
 """
 
@@ -69,6 +70,7 @@ class Kernel:
     local: int = 0
     count: Counter = field(default_factory=Counter)          # of INSTRUCTION
     in_loops: int = 0                                        # of LOCAL, in main loops
+    forgotten: int = 0                                       # waits that do not wait for a copy before them
 
 
 # ----------------------------------------------------------------------------------- tools
@@ -142,14 +144,16 @@ INSTRUCTION = {
     "LOCAL": re.compile(r"\b(?:LDL|STL)\b"),
     "ODD": re.compile(r"desc\\?\[UR\d*[13579]\\?\]"),
 }
+# Copies from global to shared memory; what commits those before it, to a group or to a barrier; the wait for groups.
+COPIES = re.compile(r"\b(?:(?P<copy>LDGSTS)|(?P<commit>LDGDEPBAR|ARRIVES\.LDGSTSBAR)|(?P<wait>DEPBAR\.LE SB0))\b")
 
 
 def graphs(cubin, nvdisasm):
-    """(function, entry, {basic block: its counts}, {basic block: next ones}) of each function."""
-    name, blocks, after, block = None, {}, defaultdict(list), None
+    """(function, entry, {basic block: its counts}, {basic block: its copies}, {basic block: next ones}) of each function."""
+    name, blocks, copies, after, block = None, {}, {}, defaultdict(list), None
     for line in output(nvdisasm, "--output-control-flow-graph-with-basic-blocks", cubin).splitlines():
         if found := re.match(r'subgraph "cluster_(.*)" \{', line):
-            name, blocks, after = found[1], {}, defaultdict(list)
+            name, blocks, copies, after = found[1], {}, {}, defaultdict(list)
         elif found := re.match(r'"(.*)":\w+:\w+ -> "(.*)":\w+:\w+ ', line):
             after[found[1]].append(found[2])
         elif found := re.match(r'"(.*)"$', line):
@@ -157,8 +161,9 @@ def graphs(cubin, nvdisasm):
         elif line.startswith("[label="):
             text = line.replace("\\l", "\n").replace("\\ ", " ")
             blocks[block] = Counter({what: len(pattern.findall(text)) for what, pattern in INSTRUCTION.items()})
+            copies[block] = [found.lastgroup for found in COPIES.finditer(text)]
         elif line == "}" and name is not None:
-            yield name, next(iter(blocks), None), blocks, after
+            yield name, next(iter(blocks), None), blocks, copies, after
             name = None
 
 
@@ -218,12 +223,32 @@ def main_loops(entry, blocks, after):
     return set().union(*(loop for loop in loops if not any(other < loop for other in loops)))
 
 
+def forgotten_copies(entry, copies, after):
+    """Waits that can be reached from a copy with no commit on the way."""
+    pending, waiting, waits = dict.fromkeys(copies, False), [entry], set()
+    seen = set()
+    while waiting:
+        block = waiting.pop()
+        seen.add(block)
+        under_way = pending[block]
+        for i, what in enumerate(copies[block]):
+            if what == "wait" and under_way:
+                waits.add((block, i))
+            under_way = what == "copy" or (under_way and what != "commit")
+        for following in after[block]:
+            if following not in seen or (under_way and not pending[following]):
+                pending[following] |= under_way
+                waiting.append(following)
+    return len(waits)
+
+
 def instructions(kernels, cubin, nvdisasm):
-    for name, entry, blocks, after in graphs(cubin, nvdisasm):
+    for name, entry, blocks, copies, after in graphs(cubin, nvdisasm):
         if name not in kernels:                              # a function that kernels call: a division
             continue
         for count in blocks.values():
             kernels[name].count += count
+        kernels[name].forgotten = forgotten_copies(entry, copies, after)
         kernels[name].in_loops = sum(blocks[block]["LOCAL"] for block in main_loops(entry, blocks, after))
 
 
@@ -257,6 +282,11 @@ def check_descriptors(kernels):
             for name, kernel in kernels.items() if kernel.count["ODD"]]
 
 
+def check_copies(kernels):
+    return [f"{name} waits {kernel.forgotten} times without waiting for a copy before it, which was not committed"
+            for name, kernel in kernels.items() if kernel.forgotten]
+
+
 def check_local(kernels):
     wrong = []
     for name, kernel in kernels.items():
@@ -281,7 +311,8 @@ def main():
     for name, k in kernels.items():
         print(f"{name:<{width}}  {k.registers:9}  {k.shared:6}  {k.local:5}  {k.count['HMMA']:4}  {k.count['HGMMA']:5}  "
               f"{k.count['LOCAL']:14}  {k.in_loops:13}")
-    wrong += check_matrix(kernels, options.arch) + check_descriptors(kernels) + (check_local(kernels) if options.arch == "sm_90a" else [])
+    wrong += check_matrix(kernels, options.arch) + check_descriptors(kernels) + check_copies(kernels)
+    wrong += check_local(kernels) if options.arch == "sm_90a" else []
     print("", *(wrong or ["as it should be"]), sep="\n")
     return bool(wrong)
 
