@@ -15,8 +15,9 @@ each layer's input in finetuning. As one command:
     python -m lola.torch.distill --model needle --text needle-tasks --out adapter      # the bundled adapter's data and recipe
     python -m lola.torch.distill --dry-run                                             # memory of one 8B-shaped step
 
-(The second, some seven minutes of an H200, was run for its first steps only; the shipped adapter comes from
-`lola.models.train_needle`, the same recipe with a gradient that leaves out the largest logit, see `hybrid.mix`.) And in a script:
+(The second takes seven minutes of an H200. What it trained there recalls needles as well as the shipped adapter or better:
+`benchmarks/results/needle_distill_h200.json`. The shipped one comes from `lola.models.train_needle`, the same recipe with a
+gradient that leaves out the largest logit, see `hybrid.mix`.) And in a script:
 
 >>> model = transformers.AutoModelForCausalLM.from_pretrained("folder")                               # doctest: +SKIP
 >>> data = Rows(ids, length=1024, rows=8, steps=1000)                                                 # doctest: +SKIP
