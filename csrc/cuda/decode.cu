@@ -782,12 +782,6 @@ cudaError_t limits_of(int device, device_limits *limits) {
   return cudaSuccess;
 }
 
-bool rows_are_aligned(const lola_array &array) {
-  const int64_t item = lola_device_item(array.dtype);
-  return reinterpret_cast<uintptr_t>(array.data) % PIECE == 0 && array.stride_b * item % PIECE == 0 &&
-         array.stride_t * item % PIECE == 0 && array.stride_h * item % PIECE == 0;
-}
-
 plan_sizes sizes_of(const lola_device_segment &g) {
   return plan_sizes{g.r, g.S / g.Hkv, g.D, g.Dv, g.F, g.R, g.L, g.dtype};
 }
@@ -914,8 +908,8 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   if (p.shared_bytes + 64 > limits->shared_bytes) return too_large(g, p.shared_bytes, limits->shared_bytes, message);
   p.gathers = p.pipeline && !g.stores_features;
   p.cache_aligned = g.D * item % PIECE == 0 && g.Dv * item % PIECE == 0;
-  p.call_aligned = p.cache_aligned && rows_are_aligned(g.k) && rows_are_aligned(g.v);
-  p.query_aligned = g.q.dtype == g.dtype && rows_are_aligned(g.q);
+  p.call_aligned = p.cache_aligned && lola_device_rows_are_aligned(g.k) && lola_device_rows_are_aligned(g.v);
+  p.query_aligned = g.q.dtype == g.dtype && lola_device_rows_are_aligned(g.q);
   p.by_items = divisor_of(p.items);
   p.by_pair_items = divisor_of(p.pair_items);
   p.by_state_items = divisor_of(p.state_items);
@@ -966,7 +960,7 @@ query_plan plan_queries(const lola_device_segment &g, int rows_of_block) {
   query_plan plan = {};
   plan.weight_vector = M % 4 == 0 && reinterpret_cast<uintptr_t>(g.map.w_q) % PIECE == 0 ? 4 : 1;
   plan.weight_shift = shift_of(divided_up(M, plan.weight_vector));
-  plan.query_vector = g.D % 8 == 0 && rows_are_aligned(g.q);
+  plan.query_vector = g.D % 8 == 0 && lola_device_rows_are_aligned(g.q);
   const bool reads_q = !g.stores_features, projects = reads_q && has_weights(g.map);
   plan.parts = projects ? divided_up(M, static_cast<int64_t>(plan.weight_vector) << plan.weight_shift) * THREADS *
                               plan.weight_vector
@@ -984,7 +978,7 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
 lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, bool pipeline,
                            const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
                            lola_message *message) {
-  if (pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY && rows_are_aligned(g.q)) {
+  if (pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY && lola_device_rows_are_aligned(g.q)) {
     const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
     cudaError_t error = allow_shared<decode_wide_queries_kernel>(WIDE_BYTES, device);
     if (error == cudaSuccess)

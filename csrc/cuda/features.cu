@@ -639,13 +639,6 @@ lola_status launch_tensor_to(const feature_job &job, int blocks, int warps, int 
 
 bool aligned(const void *data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
-/* Whether 16-byte loads may begin at any row of the array, rows being whole numbers of them. */
-bool rows_aligned(const lola_array &x) {
-  const int64_t item = lola_device_item(x.dtype);
-  return aligned(x.data, 16) && x.stride_b * item % 16 == 0 && x.stride_t * item % 16 == 0 &&
-         x.stride_h * item % 16 == 0;
-}
-
 struct device_limits {
   int device, processors, shared;
 };
@@ -756,8 +749,8 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int p
   }
   if (tokens) add(KEYS, g.tokens);
   const int64_t row_bytes = static_cast<int64_t>(g.D) * lola_device_item(g.dtype);
-  job.vector_x = row_bytes % 16 == 0 && (!tokens || rows_aligned(g.k));
-  job.vector_q = tokens && rows_aligned(g.q);
+  job.vector_x = row_bytes % 16 == 0 && (!tokens || lola_device_rows_are_aligned(g.k));
+  job.vector_q = tokens && lola_device_rows_are_aligned(g.q);
   job.vector_out = 1;
   const bool asks = tokens && g.mixing != LOLA_MIXING_CACHE_ONLY;
   const bool together = asks && g.q_dtype == g.dtype && projection_of(g, true) == projection_of(g, false);
@@ -791,7 +784,7 @@ lola_status lola_cuda_features(const lola_array *x, int64_t B, int64_t T, int64_
   job.target = LOLA_FLOAT32;
   job.sources[0] = ARRAY;
   job.count = 1;
-  job.vector_x = rows_aligned(*x);
+  job.vector_x = lola_device_rows_are_aligned(*x);
   job.vector_out = aligned(out, 16) && F % 4 == 0;
   const int64_t rows[1] = {B * T};
   return launch(&job, x->dtype, rows, static_cast<cudaStream_t>(stream), message);

@@ -1290,12 +1290,6 @@ cudaError_t allow_update(const void *kernel, const device_limits &limits) {
   return error;
 }
 
-bool rows_aligned(const lola_array &x) {
-  const int64_t item = lola_device_item(x.dtype);
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_b * item % 16 == 0 && x.stride_t * item % 16 == 0 &&
-         x.stride_h * item % 16 == 0;
-}
-
 } // namespace
 
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
@@ -1354,7 +1348,8 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   lola_status status = look_up_device(&limits, message);
   if (!status) status = make_cluster_plan(sizes, limits, &clusters, message);
   if (status) return status;
-  const bool vector = g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && rows_aligned(g.v);
+  const bool vector =
+      g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && lola_device_rows_are_aligned(g.v);
   if (clusters.groups) {
     clusters.vector_recalled = g.Dv % 4 == 0;
     return lola_cuda_status(wgmma_scan::launch(g, clusters, record, vector, stream), "scan", message);

@@ -150,6 +150,13 @@ static __host__ __device__ inline bool lola_device_is_hedgehog(const lola_featur
 
 static __host__ __device__ inline int64_t lola_device_item(lola_dtype dtype) { return dtype == LOLA_FLOAT32 ? 4 : 2; }
 
+/* Whether every (b, t, h) begins at a multiple of 16 bytes. */
+static inline bool lola_device_rows_are_aligned(const lola_array &array) {
+  const int64_t item = lola_device_item(array.dtype);
+  return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && array.stride_b * item % 16 == 0 &&
+         array.stride_t * item % 16 == 0 && array.stride_h * item % 16 == 0;
+}
+
 /* Address of element 0 of (b, t, h). */
 static __device__ inline char *lola_device_at(const lola_array &array, int64_t b, int64_t t, int64_t h) {
   return static_cast<char *>(array.data) +
