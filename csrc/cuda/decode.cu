@@ -4,9 +4,9 @@
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
- * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes one item
- * after the other (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit
- * caches, else decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a
+ * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes one item after the
+ * other (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit caches, else
+ * decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a
  * partial in scratch: float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block
  * of a (row, KV head) that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the
  * result does not depend on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same
@@ -18,8 +18,6 @@
 #include "decode_queries.cuh"
 #include "decode_small.cuh"
 #include "decode_state.cuh"
-
-#include <type_traits>
 
 namespace {
 
@@ -734,29 +732,30 @@ struct launch_arguments {
   cudaStream_t stream;
 };
 
-template <auto KERNEL> cudaError_t launch(const launch_arguments &a, int device) {
+template <auto KERNEL, class... A>
+cudaError_t launch(const launch_arguments &a, int device, int threads, A... arguments) {
   const cudaError_t error = allow_shared<KERNEL>(a.plan.shared_bytes, device);
   if (error != cudaSuccess) return error;
-  const auto queue = [&](int threads, auto... arguments) {
-    return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(a.plan.blocks), threads, a.plan.shared_bytes,
-                                    a.stream, *a.segment, a.plan, arguments...);
-  };
+  return lola_cuda_launch_chained(KERNEL, static_cast<unsigned>(a.plan.blocks), threads, a.plan.shared_bytes, a.stream,
+                                  *a.segment, a.plan, arguments...);
+}
+
+template <typename T, int LANES> cudaError_t launch_tiles(const launch_arguments &a, int device) {
   const scratch_places &s = a.scratch;
-  if constexpr (std::is_invocable_v<decltype(KERNEL), lola_device_segment, decode_plan, pipeline_scratch>)
-    return queue(PIPELINE_THREADS, pipeline_scratch{s.rows, s.counters, s.phi, s.partials});
-  else
-    return queue(THREADS, s.counters, static_cast<const float *>(s.phi), s.partials);
+  return launch<decode_kernel<T, LANES>>(a, device, THREADS, s.counters, s.phi, s.partials);
 }
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T>>(a, device);
-    if (a.plan.matrix)
-      return a.is_long ? launch<decode_kernel<T, LONG_MATRIX>>(a, device) : launch<decode_kernel<T, MATRIX>>(a, device);
+    const scratch_places &s = a.scratch;
+    if (a.plan.pipeline)
+      return launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS,
+                                               pipeline_scratch{s.rows, s.counters, s.phi, s.partials});
+    if (a.plan.matrix) return a.is_long ? launch_tiles<T, LONG_MATRIX>(a, device) : launch_tiles<T, MATRIX>(a, device);
   }
-  if (a.plan.lanes == 8) return launch<decode_kernel<T, 8>>(a, device);
-  if (a.plan.lanes == 16) return launch<decode_kernel<T, 16>>(a, device);
-  return launch<decode_kernel<T, 32>>(a, device);
+  if (a.plan.lanes == 8) return launch_tiles<T, 8>(a, device);
+  if (a.plan.lanes == 16) return launch_tiles<T, 16>(a, device);
+  return launch_tiles<T, 32>(a, device);
 }
 
 /* Shared memory of one block and of a multiprocessor, and how many of these there are. */

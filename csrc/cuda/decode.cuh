@@ -130,11 +130,6 @@ __device__ __forceinline__ void prefetch_once(const void *from, int64_t bytes) {
 #endif
 }
 
-/* Asks for a line that is needed soon, wherever it lies; its page too. */
-__device__ __forceinline__ void touch(const void *at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
-}
-
 /* Adds one to a counter, ordered after all that the block wrote before its last barrier and before all that it reads
  * after its next one; returns what it was. */
 __device__ __forceinline__ unsigned arrive(unsigned *counter) {

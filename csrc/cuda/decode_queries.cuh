@@ -18,7 +18,7 @@ constexpr int ROWS_AHEAD = 16; /* rows of the weights that one thread has under 
 constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
 
 struct query_plan {
-  int blocks;                      /* of rows, per head; before those of head 0 comes one that writes spans */
+  int blocks;                      /* of rows, per head; before those of head 0 comes one that writes the rows */
   int weight_vector, weight_shift; /* floats of the weights that a thread loads at once; threads of a row, base 2 */
   int query_vector;                /* rows of q are whole pieces of 16 bytes */
   int x_at, phi_at;                /* shared memory, offsets in floats; at 0 the sums of groups of threads */
@@ -163,8 +163,8 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
 
-/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by a warp from the PARTS
- * parts of x = q W. */
+/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by a warp from the
+ * WIDE_PARTS parts of x = q W. */
 __device__ __forceinline__ void wide_features(const float *parts, bool negative, bool normalise, float (&phi)[2]) {
   const int lane = threadIdx.x % 32;
   const float sign = negative ? -1 : 1;
