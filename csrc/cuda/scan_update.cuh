@@ -199,14 +199,15 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
   constexpr int M = weight_pieces<T>::columns, WARPGROUPS = THREADS / 128;
   const int c = own_thread() % 4, C = static_cast<int>(g.C);
 #pragma unroll 1
-  for (int tile = own_warpgroup() * plan.column_blocks + block.column_block; tile < plan.rows / TILE;
-       tile += WARPGROUPS * plan.column_blocks) {
+  for (int turn = 0; turn * WARPGROUPS * plan.column_blocks < plan.rows / TILE; turn++) {
+    const int tile = (turn * WARPGROUPS + own_warpgroup()) * plan.column_blocks + block.column_block;
     const int first = uniform(tile * TILE);
-    const int pairs = uniform(first < plan.slots ? count - first : C + plan.slots - first); /* from there on */
-    if (pairs <= 0) continue;
+    const int left = first < plan.slots ? count - first : C + plan.slots - first;
+    const int pairs = uniform(tile < plan.rows / TILE ? left : 0); /* from there on */
     float acc[8][4];
-    project_tile<T>(g, plan, first, acc);
-    named_barrier_sync(PROJECTED + own_warpgroup(), 128); /* the keys were read */
+    if (pairs > 0) project_tile<T>(g, plan, first, acc);
+    __syncthreads(); /* the keys were read */
+    if (pairs <= 0) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = tile_row(0) + 8 * half;

@@ -208,7 +208,7 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const unsigne
 /* In each chunk: the helper arrives at the barrier `newcomers` once they are in place (if the chunk has an update) and
  * at HALVES once it needs neither the old halves nor the old tables; walkers wait there before they read the ones and
  * change the others, and arrive at CHUNK when all is ready for the next, where the helper waits. */
-enum { WALK = 1, CHUNK = 2, HALVES = 3, PROJECTED = 4 }; /* the last and three more: a warpgroup each */
+enum { WALK = 1, CHUNK = 2, HALVES = 3 };
 __device__ __forceinline__ void walkers_sync() { named_barrier_sync(WALK, WALKERS); }
 
 /* --- places in shared memory -------------------------------------------------------------------------------------- */
