@@ -1,19 +1,20 @@
-/* decode: one token for each row that is not idle, two launches, with the update of the cache between them: the rows'
- * spans and phi(q) (decode_queries.cuh), then everything else; they run beside one another as far as they can. A small
- * batch goes through one of its own (decode_small.cuh).
+/* decode: one token for each row that is not idle. The rows' spans and phi(q) (decode_queries.cuh), the update of the
+ * cache, then everything else; they run beside one another as far as they can. A small batch goes through a kernel of
+ * its own (decode_small.cuh).
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
  * sparse pairs and one per tile of window pairs. For 16-bit caches of the usual width a block takes one item after the
  * other (decode_pipeline.cuh); otherwise it takes one (decode_state.cuh, and decode_matrix.cuh for 16-bit caches, else
- * decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a
- * partial in scratch: float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. The block
- * of a (row, KV head) that arrives last merges them in order of tile, mixes (Eq. 14) and writes the output, so the
- * result does not depend on which one it is. Items are fixed by the cache's sizes alone: the same row gives the same
- * bits in any batch. The block that holds the newest pair, or merges, writes that pair into the window ring and
- * advances the counters, which by then no other reads. */
+ * decode_generic.cuh) and asks for all that it reads before it waits for anything. An item leaves a partial in scratch:
+ * float32 sums o (Dv,), maximum m in base 2 and sum l per query head, or N (Dv,) and z. They are merged in order of
+ * tile (decode_merge.cuh), by the block of a (row, KV head) that arrives last, or by a kernel behind, which mixes (Eq.
+ * 14) and writes the output. Items are fixed by the cache's sizes alone: the same row gives the same bits in any batch.
+ * The block that holds the newest pair, or the one that merges, writes that pair into the window ring and advances the
+ * counters, which by then no other reads. */
 #include "decode_generic.cuh"
 #include "decode_matrix.cuh"
+#include "decode_merge.cuh"
 #include "decode_pipeline.cuh"
 #include "decode_queries.cuh"
 #include "decode_small.cuh"
@@ -88,10 +89,10 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   p.pair_items = p.sparse_items + p.window_tiles;
   p.items = p.state_items + p.pair_items;
   p.slots = p.window_tiles + p.sparse_tiles + p.state_parts;
+  p.head_floats = p.slots * (p.columns + 4);
+  p.group_floats = sizes.r * p.head_floats;
   return p;
 }
-
-int64_t scratch_floats(const decode_plan &plan, int64_t r) { return r * plan.slots * (plan.columns + INT64_C(4)); }
 
 /* Where things lie in shared memory. 64-bit sums: a size too large shows in shared_bytes, and nothing runs. */
 void place_shared(const plan_sizes &sizes, decode_plan *p) {
@@ -142,173 +143,6 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
 int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) * 4, 256) * 256; }
 int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row) + 4), 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
-
-/* --- the merge ------------------------------------------------------------------------------------- */
-
-/* Tiles that n pairs fill. */
-__device__ __forceinline__ int tiles_of(const decode_plan &plan, int64_t n) {
-  return static_cast<int>(divided(static_cast<unsigned>(n + plan.pairs - 1), plan.by_pairs));
-}
-
-/* Adds N tiles to a warp's sums `o` of four columns a lane, which have maximum `high` and sum `sum`: lane t has the
- * tile's own two, (-inf, 0) where there is none. */
-template <int N>
-__device__ __forceinline__ void add_tiles(float2 pair, const float4 (&x)[N], float *high, float *sum, float (&o)[4]) {
-  const float higher = fmaxf(*high, warp_max(pair.x));
-  const float before = weight_below(*high, higher), share = weight_below(pair.x, higher);
-  *high = higher;
-  *sum = fmaf(before, *sum, warp_sum(__fmul_rn(share, pair.y)));
-#pragma unroll
-  for (int e = 0; e < 4; e++) o[e] *= before;
-#pragma unroll
-  for (int t = 0; t < N; t++) {
-    const float w = __shfl_sync(ALL, share, t);
-    o[0] = fmaf(w, x[t].x, o[0]);
-    o[1] = fmaf(w, x[t].y, o[1]);
-    o[2] = fmaf(w, x[t].z, o[2]);
-    o[3] = fmaf(w, x[t].w, o[3]);
-  }
-}
-
-/* One warp a query head, four columns a lane; tiles in order, window first, then the state. Everything is asked for
- * before anything is used, up to MERGE tiles at a time. The output is that of token `first` of batch row `batch`;
- * `count_of` says how many sparse pairs a query head of the group sees. */
-template <class Count>
-__device__ __forceinline__ void merge(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
-                                      int64_t first, int kv_head, int64_t window_pairs, Count count_of,
-                                      const float *partials) {
-  constexpr int MERGE = 12, LANE_COLUMNS = 4;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int stride = plan.columns + 4, slots = static_cast<int>(plan.slots),
-            window_tiles = tiles_of(plan, window_pairs);
-  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
-#pragma unroll 1
-  for (int j = warp; j < g.r; j += WARPS) {
-    const int tiles = window_tiles + tiles_of(plan, count_of(j));
-    const float *own = partials + static_cast<int64_t>(j) * slots * stride;
-    const float *state = own + (slots - plan.state_parts) * stride;
-    const int head = kv_head * g.r + j;
-    const float gate = g.gate ? g.gate[head] : 0;
-    float z = 0;
-#pragma unroll 2
-    for (int part = 0; part < plan.state_parts; part++) z += __ldcg(state + part * stride + plan.columns);
-    char *out = lola_device_at(g.out, batch, first, head);
-#pragma unroll 1
-    for (int base = 0; base < plan.columns; base += 32 * LANE_COLUMNS) {
-      const int column = base + lane * LANE_COLUMNS;
-      const bool in = column < plan.columns;
-      float n[4] = {0, 0, 0, 0}; /* of columns from Dv on, and where nothing is folded, whatever was there */
-#pragma unroll 2
-      for (int part = 0; part < plan.state_parts; part++) {
-        if (!in) break;
-        const float4 x = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + column));
-        n[0] += x.x;
-        n[1] += x.y;
-        n[2] += x.z;
-        n[3] += x.w;
-      }
-      float high = -INFINITY, sum = 0, o[4] = {0, 0, 0, 0};
-#pragma unroll 1
-      for (int done = 0; done < tiles; done += MERGE) {
-        const int left = min(tiles - done, MERGE);
-        float4 x[MERGE];
-#pragma unroll
-        for (int t = 0; t < MERGE; t++) {
-          const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + column;
-          x[t] = make_float4(0, 0, 0, 0);
-          if (t < left && in) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
-        }
-        const int at = (done + lane) * stride + (done + lane < window_tiles ? 0 : gap) + plan.columns;
-        float2 pair = make_float2(-INFINITY, 0);
-        if (lane < left) pair = __ldcg(reinterpret_cast<const float2 *>(own + at));
-        add_tiles(pair, x, &high, &sum, o);
-      }
-      const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        if (column + e < g.Dv) {
-          const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
-          lola_device_store(out, column + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
-        }
-      if (base == 0 && lane == 0 && g.share.data)
-        *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
-    }
-  }
-}
-
-/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one
- * head needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the
- * other. */
-template <class Count>
-__device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
-                                           int64_t first, int kv_head, int window_pairs, Count count_of,
-                                           const float *partials) {
-  constexpr int MERGE = 12, PARTS = 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = plan.columns + 4;
-  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
-  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
-#pragma unroll 1
-  for (int j = warp; j < g.r; j += WARPS) {
-    const int tiles = window_tiles + tiles_of(plan, count_of(j)), head = kv_head * g.r + j;
-    const float *const own = partials + static_cast<int64_t>(j) * slots * stride;
-    const float *const state = own + (slots - plan.state_parts) * stride;
-    float high = -INFINITY, sum = 0, z = 0, o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
-    float gate = 0;
-    if (g.gate) gate = g.gate[head];
-    int done = 0;
-    do {
-      const int left = min(tiles - done, MERGE);
-      float4 x[MERGE], y[PARTS];
-      float part_z[PARTS];
-      float2 pair = make_float2(-INFINITY, 0);
-      if (lane < left)
-        pair = __ldcg(reinterpret_cast<const float2 *>(own + (done + lane) * stride +
-                                                       (done + lane < window_tiles ? 0 : gap) + plan.columns));
-#pragma unroll
-      for (int t = 0; t < MERGE; t++) {
-        const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + lane * 4;
-        x[t] = make_float4(0, 0, 0, 0);
-        if (t < left) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
-      }
-#pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        const bool there = done == 0 && part < plan.state_parts;
-        y[part] = make_float4(0, 0, 0, 0);
-        part_z[part] = 0;
-        if (!there) continue;
-        y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
-        part_z[part] = __ldcg(state + part * stride + plan.columns);
-      }
-      add_tiles(pair, x, &high, &sum, o);
-#pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        z += part_z[part];
-        n[0] += y[part].x;
-        n[1] += y[part].y;
-        n[2] += y[part].z;
-        n[3] += y[part].w;
-      }
-      done += MERGE;
-    } while (done < tiles);
-#pragma unroll 1
-    for (int part = PARTS; part < plan.state_parts; part++) {
-      const float4 y = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
-      z += __ldcg(state + part * stride + plan.columns);
-      n[0] += y.x;
-      n[1] += y.y;
-      n[2] += y.z;
-      n[3] += y.w;
-    }
-    const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
-    char *const out = lola_device_at(g.out, batch, first, head);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
-      lola_device_store(out, lane * 4 + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
-    }
-    if (lane == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
-  }
-}
 
 /* --- an item a block ------------------------------------------------------------------------------- */
 
@@ -410,8 +244,8 @@ __global__ void __launch_bounds__(THREADS, 3)
   if (threadIdx.x == 0) kept = span;
   if (threadIdx.x < WARPS) first_counts[threadIdx.x] = static_cast<int>(first_count);
 
-  const int64_t stride = plan.columns + 4, head_step = plan.slots * stride;
-  float *partials = scratch + b.group * g.r * head_step;
+  const int64_t stride = plan.columns + 4, head_step = plan.head_floats;
+  float *partials = scratch + b.group * plan.group_floats;
   if (b.is_state) {
     float *partial = partials + b.tile * head_step + (plan.slots - 1) * stride;
     state_item(g, plan, span, state, b.kv_head * g.r + b.tile, known, query_phi, shared, partial);
@@ -484,207 +318,6 @@ __global__ void __launch_bounds__(THREADS, 3)
   merge(g, plan, kept.batch, kept.first, b.kv_head, window_of(g, plan, kept.position).pairs, count_of, partials);
 }
 
-/* --- one unit after the other --------------------------------------------------------------------------- */
-
-/* This thread's element of the call's key and value. */
-struct newest_elements {
-  uint16_t key, value;
-};
-
-__device__ __forceinline__ newest_elements load_newest(const lola_device_segment &g, const group_facts &facts) {
-  static_assert(THREADS == WIDE, "an element each");
-  const char *const key = lola_device_at(g.k, facts.of.batch, facts.of.first, facts.kv_head);
-  const char *const value = lola_device_at(g.v, facts.of.batch, facts.of.first, facts.kv_head);
-  return newest_elements{reinterpret_cast<const uint16_t *>(key)[threadIdx.x],
-                         reinterpret_cast<const uint16_t *>(value)[threadIdx.x]};
-}
-
-/* The newest pair into its ring slot, where until now a pair may have lain that enters the sparse cache, and its score.
- */
-__device__ __forceinline__ void keep_newest(const lola_device_segment &g, const group_facts &facts,
-                                            const newest_elements &newest) {
-  const int64_t slot = static_cast<int64_t>(facts.group) * g.R + facts.of.ring_slot;
-  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = newest.key;
-  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = newest.value;
-  const int sets = g.S / g.Hkv;
-#pragma unroll 1
-  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
-    const int first_head = (facts.kv_head * sets + s) * g.rs;
-    float sum = 0;
-#pragma unroll 1
-    for (int h = first_head; h < first_head + g.rs; h++)
-      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, facts.of.batch, facts.of.first, h));
-    g.window_given[(static_cast<int64_t>(facts.group) * sets + s) * g.R + facts.of.ring_slot] = sum;
-  }
-}
-
-/* The row's counters, by one thread. */
-__device__ __forceinline__ void advance(const lola_device_segment &g, const decode_row &of) {
-  g.tokens_seen[of.row] = of.position + 1;
-  if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
-}
-
-/* A KV head whose units are all done, also by other blocks: its outputs, and what the step leaves behind. */
-__device__ __forceinline__ void finish_group(const lola_device_segment &g, const decode_plan &plan,
-                                             const group_facts &facts, const float *partials) {
-  const auto count_of = [&](int j) -> int64_t { return facts.counts[divided(static_cast<unsigned>(j), plan.by_rs)]; };
-  const newest_elements newest = load_newest(g, facts); /* on its way meanwhile */
-  merge_wide(g, plan, facts.of.batch, facts.of.first, facts.kv_head, facts.of.window_pairs, count_of, partials);
-  keep_newest(g, facts, newest);
-  if (facts.kv_head == 0 && threadIdx.x == 0) advance(g, facts.of);
-}
-
-/* A barrier of the warps that work on units. */
-__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
-/* A unit that is there, into its partials. */
-template <typename T>
-__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
-                                             const group_facts &facts, const work_unit &u, char *stage, float *sums,
-                                             float *partials) {
-  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
-  const int64_t head_step = plan.slots * stride;
-  if (u.kind == STATE_UNIT) {
-    float *partial = partials + u.which * head_step + (plan.slots - plan.state_parts + u.tile) * stride;
-    const bool folded = facts.folded >> u.which & 1;
-    if (folded) recall_quarter(stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums);
-    if (g.stores_features && u.tile == 0)
-      keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
-                    static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
-    workers_sync();
-    if (folded && warp == 0) {
-      float n[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        float x[4];
-        load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
-#pragma unroll
-        for (int e = 0; e < 4; e++) n[e] += x[e];
-      }
-      store_floats<4>(partial + threadIdx.x * 4, n);
-    }
-    if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
-    return;
-  }
-  const int count = pairs_of(facts, u);
-  if (count <= 0) return;
-  const bool sparse = u.kind == SPARSE_UNIT;
-  const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
-  if (u.updated && plan.gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
-  if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
-  workers_sync();
-  const tile_target to = {
-      partials + (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) + u.tile * stride, head_step};
-  merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS, warps, 0,
-              heads, to);
-}
-
-constexpr int PIPELINE_THREADS = THREADS + 32;
-constexpr int KNOWN_UNITS = 5; /* the last two, this one and the next two */
-
-/* What the blocks of a step's main kernel share, beside its arguments. */
-struct pipeline_scratch {
-  decode_rows rows;
-  unsigned *counters; /* units of each (row, KV head) that are done */
-  const float *phi;
-  float *partials;
-};
-
-/* Blocks may start before the step's other kernels have ended, see decode_rows.cuh. One warp more than work on units
- * looks ahead: it takes the next but one, looks up its (row, KV head), waits for what it needs, and finds out whether
- * the unit before was the last of its own; none of that holds up the others, nor do their copies hold up its fences. */
-template <typename T>
-__global__ void __launch_bounds__(PIPELINE_THREADS, 3)
-    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                           const __grid_constant__ pipeline_scratch scratch) {
-  extern __shared__ __align__(16) char shared[]; /* two stages */
-  __shared__ known_unit known[KNOWN_UNITS];
-  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
-  __shared__ int completes[2]; /* the unit before the last one was the last of its (row, KV head) */
-  __shared__ struct {
-    unsigned updated_rows, first; /* index of the first unit: if all rows are updated, nothing is to be done before */
-    unsigned ticket;              /* of the unit after the next */
-    bool queries_known;
-  } looking; /* what the warp that looks ahead knows */
-  const bool looks_ahead = threadIdx.x >= THREADS;
-  const int lane = threadIdx.x % 32;
-  lola_device_start_next();
-  if (threadIdx.x == 0) {
-    await_rows(scratch.rows);
-    const unsigned updated_rows = static_cast<unsigned>(__ldcg(&scratch.rows.signals->updated_rows)), B = g.B;
-    looking.updated_rows = updated_rows;
-    looking.first = updated_rows == B ? B * g.Hkv * static_cast<unsigned>(plan.items) : 0;
-    looking.queries_known = false;
-    completes[0] = completes[1] = 0;
-    known[3].unit.kind = known[4].unit.kind = NO_UNIT;
-  }
-  __syncthreads();
-  const auto place_at = [&](unsigned ticket) { return unit_at(g, plan, looking.first + ticket, looking.updated_rows); };
-  const auto take_ticket = [&] { return lane == 0 ? 2 * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1) : 0; };
-  const auto ask = [&](const known_unit &k, int stage) {
-    if (k.is_work()) {
-      /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
-      const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
-      const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
-      ask_unit<T>(g, plan, k.facts, k.unit, scratch.phi,
-                  static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
-    }
-    copies_end_group();
-  };
-  const auto partials_of = [&](const group_facts &facts) {
-    return scratch.partials + static_cast<int64_t>(facts.group) * g.r * plan.slots * (plan.columns + 4);
-  };
-  if (looks_ahead) {
-    facts_ahead now, next;
-    now.ask(g, plan, scratch.rows, place_at(blockIdx.x), &looking.queries_known);
-    next.ask(g, plan, scratch.rows, place_at(blockIdx.x + gridDim.x), &looking.queries_known);
-    const unsigned ticket = take_ticket();
-    now.keep(&known[0]);
-    next.keep(&known[1]);
-    if (lane == 0) looking.ticket = ticket;
-  }
-  __syncthreads();
-  if (!looks_ahead) ask(known[0], 0);
-  int at = 0;   /* the unit's place among those known */
-  int left = 2; /* turns without a unit, in which the last ones are completed */
-#pragma unroll 1
-  for (int turn = 0;; turn ^= 1) {
-    const auto beside = [&](int ahead) -> known_unit & {
-      const int place = at + ahead;
-      return known[place >= KNOWN_UNITS ? place - KNOWN_UNITS : place];
-    };
-    copies_wait<0>();
-    __syncthreads(); /* the unit is there, and the sums of the last one were read */
-    const known_unit &now = known[at];
-    if (now.unit.kind == NO_UNIT && left-- == 0) break;
-    if (looks_ahead) {
-      const known_unit &before = beside(KNOWN_UNITS - 1);
-      facts_ahead ahead;
-      unsigned ticket = looking.ticket;
-      ahead.ask(g, plan, scratch.rows, place_at(ticket), &looking.queries_known);
-      if (ahead.place.unit.kind != NO_UNIT) ticket = take_ticket();
-      if (lane == 0) {
-        bool last = false;
-        if (before.is_work()) last = arrive(&scratch.counters[before.facts.group]) == plan.items - 1;
-        if (last) scratch.counters[before.facts.group] = 0;
-        completes[turn ^ 1] = last;
-      }
-      ahead.keep(&beside(2));
-      if (lane == 0) looking.ticket = ticket;
-    } else {
-      ask(beside(1), turn ^ 1);
-      if (completes[turn]) {
-        const group_facts &facts = beside(KNOWN_UNITS - 2).facts;
-        finish_group(g, plan, facts, partials_of(facts));
-      }
-      if (now.is_work())
-        work_on_unit<T>(g, plan, now.facts, now.unit, shared + turn * STAGE_BYTES, sums, partials_of(now.facts));
-    }
-    if (++at == KNOWN_UNITS) at = 0;
-  }
-  lola_device_await_previous(); /* for who awaits this kernel */
-}
-
 /* --- the launches ----------------------------------------------------------------------------------- */
 
 constexpr int DEVICES = 64;
@@ -748,9 +381,14 @@ template <typename T, int LANES> cudaError_t launch_tiles(const launch_arguments
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
     const scratch_places &s = a.scratch;
-    if (a.plan.pipeline)
-      return launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS,
-                                               pipeline_scratch{s.rows, s.counters, s.phi, s.partials});
+    if (a.plan.pipeline) {
+      const pipeline_scratch units = {s.rows, s.phi, s.partials};
+      const cudaError_t error = launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, units);
+      if (error != cudaSuccess) return error;
+      const int64_t groups = static_cast<int64_t>(a.segment->B) * a.segment->Hkv;
+      return lola_cuda_launch_chained(decode_merge_kernel, static_cast<unsigned>(groups), THREADS, 0, a.stream,
+                                      *a.segment, a.plan, units);
+    }
     if (a.plan.matrix) return a.is_long ? launch_tiles<T, LONG_MATRIX>(a, device) : launch_tiles<T, MATRIX>(a, device);
   }
   if (a.plan.lanes == 8) return launch_tiles<T, 8>(a, device);
@@ -868,7 +506,7 @@ bool plan_small(const lola_device_segment &g, const decode_plan &p, const device
   plan->window_tiles = static_cast<int>(p.window_tiles);
   plan->sparse_tiles = static_cast<int>(p.sparse_tiles);
   plan->tiles = static_cast<int>(tiles);
-  plan->first_update = (g.W / g.C + 1) * g.C;
+  plan->first_update = p.first_update;
   plan->per_C = 1.0 / static_cast<double>(g.C);
   plan->per_ring = 1.0 / static_cast<double>(g.R);
   plan->by_rs = p.by_rs;
@@ -880,7 +518,8 @@ bool plan_small(const lola_device_segment &g, const decode_plan &p, const device
 int64_t pipeline_blocks(int64_t groups, const device_limits &limits, const decode_plan &p) {
   constexpr int OTHER_BYTES = 1024 + KNOWN_UNITS * static_cast<int>(sizeof(known_unit)) + 320;
   const int fit = limits.processor_bytes / (PIPELINE_BYTES + OTHER_BYTES);
-  const int64_t blocks = static_cast<int64_t>(limits.processors) * (fit < 1 ? 1 : fit > 3 ? 3 : fit);
+  const int of_each = fit < 1 ? 1 : fit < PIPELINE_BLOCKS ? fit : PIPELINE_BLOCKS;
+  const int64_t blocks = static_cast<int64_t>(limits.processors) * of_each;
   const int64_t units = groups * p.items;
   return blocks < units ? blocks : units;
 }
@@ -895,7 +534,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   const plan_sizes sizes = sizes_of(g);
   const int64_t groups = static_cast<int64_t>(g.B) * g.Hkv, item = lola_device_item(g.dtype);
   decode_plan p = plan_of(sizes, uses_matrix(g));
-  if (p.items > INT64_C(0x7fffffff) / groups || scratch_floats(p, 1) > INT64_C(0x7fffffff)) return too_many(g, message);
+  if (p.items > INT64_C(0x7fffffff) / groups || p.head_floats > INT64_C(0x7fffffff)) return too_many(g, message);
   if (p.pipeline) {
     p.shared_bytes = PIPELINE_BYTES;
     p.blocks = pipeline_blocks(groups, *limits, p);
@@ -919,6 +558,7 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.by_pairs = divisor_of(p.pairs);
   p.by_C = divisor_of(g.C);
   p.by_R = divisor_of(g.R);
+  p.first_update = (g.W / g.C + 1) * g.C;
   p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
   if (p.pipeline && has_wide_features(g) && p.call_aligned && p.query_aligned) {
     const int widest =
@@ -942,9 +582,9 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
                             cache->config.sparse,
                             shape.dtype};
   const int64_t groups = shape.batch * shape.kv_heads;
-  int64_t floats = scratch_floats(plan_of(sizes, false), sizes.r);
+  int64_t floats = plan_of(sizes, false).group_floats;
   if (fits_matrix(sizes)) {
-    const int64_t others = scratch_floats(plan_of(sizes, true), sizes.r);
+    const int64_t others = plan_of(sizes, true).group_floats;
     if (others > floats) floats = others;
   }
   return static_cast<int64_t>(sizeof(decode_signals)) + counter_bytes(shape.batch, shape.kv_heads) +
@@ -974,15 +614,17 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
   return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
 }
 
-lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, bool pipeline,
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
                            const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
                            lola_message *message) {
-  if (pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY && lola_device_rows_are_aligned(g.q)) {
+  if (step.pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY &&
+      lola_device_rows_are_aligned(g.q)) {
     const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
     cudaError_t error = allow_shared<decode_wide_queries_kernel>(WIDE_BYTES, device);
     if (error == cudaSuccess)
-      error = lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(1 + g.Hq * blocks),
-                                       WIDE_THREADS, WIDE_BYTES, stream, g, rows, blocks, places.rows, places.phi);
+      error =
+          lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(1 + g.Hq * blocks), WIDE_THREADS,
+                                   WIDE_BYTES, stream, g, rows, step, blocks, places.rows, places.phi);
     return launched(error, "decode_queries", message);
   }
   query_plan plan = plan_queries(g, 1);
@@ -996,7 +638,7 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
   if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
   const auto queue = [&](auto kernel) {
-    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan,
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
                                     places.rows, places.phi);
   };
   cudaError_t error = cudaSuccess;
@@ -1030,7 +672,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   lola_status status = plan_step(g, &plan, &small, &device, &limits, message);
   if (status) return status;
   const scratch_places places = places_in(scratch, g);
-  if (!plan.small) status = launch_queries(g, rows, plan.pipeline, places, limits, device, stream, message);
+  if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
   if (updates) {
     const bool projects = !g.slot_phi;
     if (!status && projects)

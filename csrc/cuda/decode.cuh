@@ -49,10 +49,12 @@ struct decode_plan {
   int64_t items;                      /* of a (row, KV head), in all: states, sparse tiles, window tiles */
   int64_t pair_items;                 /* of them, all but the states */
   int64_t slots;                      /* partials per query head */
+  int64_t head_floats, group_floats;  /* of the partials of a query head, of a (row, KV head) */
   int64_t blocks;                     /* of the main kernel */
   divisor by_items, by_pair_items, by_state_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C,
       by_R;
   int small_sizes;                 /* C, R and W fit 31 bits */
+  int64_t first_update;            /* the first position whose chunk does not begin within W */
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
   int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */

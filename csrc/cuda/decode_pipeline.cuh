@@ -1,5 +1,5 @@
 /* Decoding for 16-bit caches with D = Dv = 128, as one stream of bytes: a block takes a run of units, each of 32 KB,
- * one after the other, and always has the next one under way (cp.async), whatever it is doing.
+ * one after the other, and always has the next STAGES - 1 of them under way (cp.async), whatever it is doing.
  * What the products have on the left, q or phi(q), comes along with the unit: where so much is under way, nothing comes
  * at once.
  *
@@ -7,8 +7,8 @@
  * (row, KV head), first the pairs of all, then the states, which wait for phi(q); at the end, in the same order, those
  * of rows that the step updates, which wait for the update's kernels. Blocks take them one by one in this order, so
  * that none idles while there is work, whatever else its multiprocessor has to do. A unit leaves a partial as decode.cu
- * says, so it does not matter which block worked on it. A warp copies and works on a quarter of a unit: whole runs of
- * 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts.
+ * says, so it does not matter which block worked on it; a second kernel merges. A warp copies and works on a quarter of
+ * a unit: whole runs of 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts.
  *
  * Pairs are on the right of products on the matrix units, as in decode_matrix.cuh: S = Q K^T, P = exp2(S - max),
  * O = P V. Of P rows 0-7 on the left are its 16-bit halves `hi`, rows 8-15 what rounding left over. Lane
@@ -19,7 +19,9 @@
 
 #include "chain.cuh"
 #include "decode_matrix.cuh"
+#include "decode_merge.cuh"
 #include "decode_state.cuh"
+#include "scan.cuh"
 
 #include <cstddef>
 
@@ -33,7 +35,8 @@ constexpr int QUARTER_BYTES = 2 * QUARTER * ROW_BYTES;
 /* In a stage, behind the quarters: halves of q, then what they leave over; or 64 features, then s of them. */
 constexpr int QUERIES_AT = WARPS * QUARTER_BYTES, REST_AT = QUERIES_AT + MATRIX_HEADS * ROW_BYTES;
 constexpr int STAGE_BYTES = REST_AT + MATRIX_HEADS * ROW_BYTES;
-constexpr int PIPELINE_BYTES = 2 * STAGE_BYTES;
+constexpr int STAGES = 2, PIPELINE_BLOCKS = 3; /* units that a block holds at once; blocks of a multiprocessor */
+constexpr int PIPELINE_BYTES = STAGES * STAGE_BYTES;
 constexpr int SUM_PITCH = WIDE + 8; /* floats of a head's sums in shared memory */
 static_assert(QUARTER * WIDE * 4 == QUARTER_BYTES, "a quarter holds as many rows of a state as pairs");
 static_assert(MATRIX_HEADS * SUM_PITCH * 4 <= QUARTER_BYTES, "sums take the place of a quarter");
@@ -401,7 +404,8 @@ __device__ __forceinline__ void weigh_values(const unsigned (&p)[4], const uint4
 template <typename T>
 __device__ __forceinline__ void weigh_quarter(const lola_device_segment &g, const decode_plan &plan, int heads,
                                               int count, char *stage, float *sums) {
-  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  const int thread = static_cast<int>(lola_thread()); /* what follows from it is not kept from unit to unit */
+  const int warp = thread / 32, row = thread % 32 / 4, quad = thread % 4;
   char *const quarter = stage + warp * QUARTER_BYTES;
   /* Rows without a head repeat the last one; nobody reads their sums. */
   const char *const queries = stage + QUERIES_AT;
@@ -471,6 +475,201 @@ __device__ __forceinline__ void recall_quarter(char *stage, const float *phi, fl
   const float z = warp_sum(lane < QUARTER ? phi[lane] * s[lane] : 0);
   store_floats<4>(reinterpret_cast<float *>(quarter) + lane * 4, n); /* where this lane alone has read */
   if (lane == 0) sums[warp] = z;
+}
+
+/* --- the kernel -------------------------------------------------------------------------------------- */
+
+/* A barrier of the warps that work on units. */
+__device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+/* A unit that is there, into its partials. */
+template <typename T>
+__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
+                                             const group_facts &facts, const work_unit &u, char *stage, float *sums,
+                                             float *partials) {
+  const int warp = threadIdx.x / 32, stride = plan.columns + 4;
+  const int64_t head_step = plan.head_floats;
+  if (u.kind == STATE_UNIT) {
+    float *partial = partials + facts.group * plan.group_floats + u.which * head_step +
+                     (plan.slots - plan.state_parts + u.tile) * stride;
+    const bool folded = facts.folded >> u.which & 1;
+    if (folded) recall_quarter(stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums);
+    if (g.stores_features && u.tile == 0)
+      keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
+                    static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
+    workers_sync();
+    if (folded && warp == 0) {
+      float n[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        float x[4];
+        load_floats<4>(reinterpret_cast<const float *>(stage + w * QUARTER_BYTES) + threadIdx.x * 4, x);
+#pragma unroll
+        for (int e = 0; e < 4; e++) n[e] += x[e];
+      }
+      store_floats<4>(partial + threadIdx.x * 4, n);
+    }
+    if (threadIdx.x == 0) partial[plan.columns] = folded ? add_groups(sums, WARPS, 1) : 0;
+    return;
+  }
+  const int count = pairs_of(facts, u);
+  if (count <= 0) return;
+  const bool sparse = u.kind == SPARSE_UNIT;
+  const int heads = sparse ? g.rs : g.r, warps = (count + QUARTER - 1) / QUARTER;
+  if (u.updated && plan.gathers && sparse) keep_entered(g, plan, facts, u, stage + warp * QUARTER_BYTES);
+  if (warp < warps) weigh_quarter<T>(g, plan, heads, count, stage, sums);
+  workers_sync();
+  const tile_target to = {partials + facts.group * plan.group_floats +
+                              (sparse ? u.which * g.rs * head_step + plan.window_tiles * stride : 0) + u.tile * stride,
+                          head_step};
+  merge_warps(plan, reinterpret_cast<const float *>(stage), QUARTER_BYTES / 4, SUM_PITCH, sums, MATRIX_HEADS, warps, 0,
+              heads, to);
+}
+
+constexpr int PIPELINE_THREADS = THREADS + 32;
+constexpr int KNOWN_UNITS = 1 + STAGES; /* this one and the next */
+
+/* What a step's kernels behind that of the queries share, beside their arguments. */
+struct pipeline_scratch {
+  decode_rows rows;
+  const float *phi;
+  float *partials;
+};
+
+/* Blocks may start before the step's other kernels have ended, see decode_rows.cuh. One warp more than work on units
+ * looks ahead: it takes the one that comes in STAGES turns, looks up its (row, KV head) and waits for what it needs,
+ * which holds up nobody. Nothing is said of units that are done, a fence takes as long as half a unit: a kernel behind
+ * this one merges. */
+template <typename T>
+__global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
+    decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
+                           const __grid_constant__ pipeline_scratch scratch) {
+  extern __shared__ __align__(16) char shared[]; /* stages */
+  __shared__ known_unit known[KNOWN_UNITS];
+  __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
+  __shared__ struct {
+    unsigned updated_rows, first; /* index of the first unit: if all rows are updated, nothing is to be done before */
+    unsigned ticket;              /* of the unit that is looked up next */
+    bool queries_known;
+  } looking; /* what the warp that looks ahead knows */
+  const bool looks_ahead = threadIdx.x >= THREADS;
+  const int lane = threadIdx.x % 32;
+  lola_device_start_next();
+  if (threadIdx.x == 0) {
+    const unsigned updated_rows = static_cast<unsigned>(await_rows(scratch.rows)), B = g.B;
+    looking.updated_rows = updated_rows;
+    looking.first = updated_rows == B ? B * g.Hkv * static_cast<unsigned>(plan.items) : 0;
+    looking.queries_known = false;
+  }
+  __syncthreads();
+  const auto place_at = [&](unsigned ticket) { return unit_at(g, plan, looking.first + ticket, looking.updated_rows); };
+  const auto take_ticket = [&] {
+    return lane == 0 ? STAGES * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1) : 0;
+  };
+  const auto ask = [&](const known_unit &k, int stage) {
+    if (k.is_work()) {
+      /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
+      const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
+      const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
+      ask_unit<T>(g, plan, k.facts, k.unit, scratch.phi,
+                  static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
+    }
+    copies_end_group();
+  };
+  if (looks_ahead) {
+    facts_ahead ahead[STAGES];
+#pragma unroll
+    for (int i = 0; i < STAGES; i++)
+      ahead[i].ask(g, plan, scratch.rows, place_at(blockIdx.x + i * gridDim.x), &looking.queries_known);
+    const unsigned ticket = take_ticket();
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) ahead[i].keep(&known[i]);
+    if (lane == 0) looking.ticket = ticket;
+  }
+  __syncthreads();
+  for (int i = 0; i < STAGES - 1 && !looks_ahead; i++) ask(known[i], i);
+  int at = 0;    /* the unit's place among those known */
+  int stage = 0; /* its stage */
+#pragma unroll 1
+  for (;;) {
+    const auto beside = [&](int ahead) -> known_unit & {
+      const int place = at + ahead;
+      return known[place >= KNOWN_UNITS ? place - KNOWN_UNITS : place];
+    };
+    copies_wait<STAGES - 2>();
+    __syncthreads(); /* the unit is there, and the sums of the last one were read */
+    const known_unit &now = known[at];
+    if (now.unit.kind == NO_UNIT) break;
+    if (looks_ahead) {
+      facts_ahead ahead;
+      unsigned ticket = looking.ticket;
+      ahead.ask(g, plan, scratch.rows, place_at(ticket), &looking.queries_known);
+      if (ahead.place.unit.kind != NO_UNIT) ticket = take_ticket();
+      ahead.keep(&beside(STAGES));
+      if (lane == 0) looking.ticket = ticket;
+    } else {
+      ask(beside(STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
+      if (now.is_work())
+        work_on_unit<T>(g, plan, now.facts, now.unit, shared + stage * STAGE_BYTES, sums, scratch.partials);
+    }
+    if (++at == KNOWN_UNITS) at = 0;
+    if (++stage == STAGES) stage = 0;
+  }
+  lola_device_await_previous(); /* for who awaits this kernel */
+}
+
+/* --- the merge --------------------------------------------------------------------------------------- */
+
+/* A block for each (row, KV head): once all units are done, its outputs, and what the step leaves behind. What it needs
+ * beside partials it asks for before. */
+__global__ void __launch_bounds__(THREADS)
+    decode_merge_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
+                        const __grid_constant__ pipeline_scratch scratch) {
+  static_assert(THREADS == WIDE, "a thread has an element of a key");
+  lola_device_start_next(); /* which awaits this kernel */
+  const unsigned group = blockIdx.x, row = divided(group, plan.by_kv_heads);
+  const int kv_head = static_cast<int>(group - row * g.Hkv);
+  await_rows(scratch.rows);
+  const decode_row of = scratch.rows.rows[row];
+  if (of.row < 0) {
+    lola_device_await_previous();
+    return;
+  }
+  const auto element = [&](const lola_array &x) {
+    return reinterpret_cast<const uint16_t *>(lola_device_at(x, of.batch, of.first, kv_head))[threadIdx.x];
+  };
+  const uint16_t key = element(g.k), value = element(g.v);
+  const int first_head = kv_head * g.r;
+  const auto gate_of = [&](int j) { return g.gate ? __ldg(g.gate + first_head + j) : 0; };
+  const auto count_of = [&](int j) -> int64_t {
+    return g.L ? g.sparse_count[static_cast<int64_t>(group) * plan.sets + divided(static_cast<unsigned>(j), plan.by_rs)]
+               : 0;
+  };
+  const int own = min(static_cast<int>(threadIdx.x) / 32, g.r - 1); /* head, the first that a warp merges */
+  const float own_gate = gate_of(own);
+  int64_t own_count = of.updated ? 0 : count_of(own);
+  lola_device_await_previous();
+  if (of.updated) own_count = count_of(own);
+  merge_wide(
+      g, plan, of.batch, of.first, kv_head, of.window_pairs, [&](int j) { return j == own ? own_count : count_of(j); },
+      [&](int j) { return j == own ? own_gate : gate_of(j); }, scratch.partials + group * plan.group_floats);
+  /* The newest pair into its ring slot, where until now a pair may have lain that entered the sparse cache. */
+  const int64_t slot = static_cast<int64_t>(group) * g.R + of.ring_slot;
+  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = key;
+  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = value;
+  const int sets = g.S / g.Hkv;
+#pragma unroll 1
+  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
+    float sum = 0;
+#pragma unroll 1
+    for (int h = first_head + s * g.rs; h < first_head + (s + 1) * g.rs; h++)
+      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, of.batch, of.first, h));
+    g.window_given[(static_cast<int64_t>(group) * sets + s) * g.R + of.ring_slot] = sum;
+  }
+  if (kv_head == 0 && threadIdx.x == 0) {
+    g.tokens_seen[of.row] = of.position + 1;
+    if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
+  }
 }
 
 } // namespace

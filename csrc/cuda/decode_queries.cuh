@@ -8,7 +8,7 @@
 #define LOLA_CUDA_DECODE_QUERIES_CUH
 
 #include "chain.cuh"
-#include "decode.cuh"
+#include "decode_pipeline.cuh"
 #include "plan.cuh"
 #include "scan.cuh"
 
@@ -179,45 +179,50 @@ __device__ __forceinline__ void wide_features(const float *parts, bool negative,
 
 /* --- the rows ---------------------------------------------------------------------------------------- */
 
-/* The window of a row, with the newest pair, as decode_row has it. */
-__device__ __forceinline__ decode_row describe(const lola_device_segment &g, const lola_device_span &span, int row) {
-  const int64_t chunk = span.position / g.C, start = chunk * g.C - g.W, first = start > 0 ? start : 0;
+/* What there is to know of a row, in as few steps as can be: the step's other kernels wait for it. */
+__device__ __forceinline__ decode_row describe(const lola_device_segment &g, const decode_plan &plan,
+                                               const call_rows &rows, int row) {
+  const int64_t position = g.tokens_seen[row], updated = g.chunks[row];
+  int64_t start, stop;
+  row_range(rows, row, &start, &stop);
+  const bool small = plan.small_sizes && position < INT64_C(0x7fffffff), idle = stop <= start;
+  const auto slot_of = [&](int64_t x) { return static_cast<int>(x - divided(x, plan.by_R, small) * g.R); };
   decode_row d;
-  d.batch = span.batch;
-  d.first = span.first;
-  d.position = span.position;
-  d.chunk = chunk;
-  d.row = span.tokens ? row : -1;
-  d.ring_slot = static_cast<int>(span.position % g.R);
-  d.window_pairs = static_cast<int>(span.position + 1 - first);
-  d.window_slot = static_cast<int>(first % g.R);
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-  d.updated = leaving.end > leaving.first;
+  d.batch = rows.cu_seqlens.data ? 0 : row;
+  d.first = start;
+  d.position = position;
+  d.chunk = divided(position, plan.by_C, small);
+  d.row = idle ? -1 : row;
+  const int64_t begin = d.chunk * g.C - g.W, first = begin > 0 ? begin : 0;
+  d.ring_slot = slot_of(position);
+  d.window_pairs = static_cast<int>(position + 1 - first);
+  d.window_slot = slot_of(first);
+  d.updated = !idle && position >= (updated + 1) * g.C && position >= plan.first_update;
   d.unused = 0;
   return d;
 }
 
-/* Spans and rows, by one block. */
-__device__ __forceinline__ void write_rows(const lola_device_segment &g, const call_rows &rows,
-                                           const decode_rows &known) {
+/* Rows, and their spans where an update's kernels read them, by one block; how many are updated. */
+__device__ __forceinline__ int write_rows(const lola_device_segment &g, const decode_plan &plan, const call_rows &rows,
+                                          const decode_rows &known) {
   __shared__ int updated_rows;
+  const bool has_spans = !plan.pipeline || g.slot_phi;
   if (threadIdx.x == 0) updated_rows = 0;
   __syncthreads();
 #pragma unroll 1
   for (int row = threadIdx.x; row < g.B; row += blockDim.x) {
-    const lola_device_span span = span_of(g, rows, row, 0, 1);
-    const decode_row d = describe(g, span, row);
+    const decode_row d = describe(g, plan, rows, row);
     if (d.updated) known.updated[atomicAdd(&updated_rows, 1)] = row;
-    g.spans[row] = span;
     known.rows[row] = d;
+    if (has_spans) g.spans[row] = span_of(g, rows, row, 0, 1);
   }
   __syncthreads();
-  if (threadIdx.x == 0) known.signals->updated_rows = updated_rows;
+  return updated_rows;
 }
 
 /* What the first block does, instead of phi(q). */
-__device__ __forceinline__ void first_block(const lola_device_segment &g, const call_rows &rows,
-                                            const decode_rows &known) {
+__device__ __forceinline__ void first_block(const lola_device_segment &g, const decode_plan &plan,
+                                            const call_rows &rows, const decode_rows &known) {
   lola_device_await_previous();
   if (threadIdx.x == 0) {
     known.signals->ticket = known.signals->rows_known = 0;
@@ -225,10 +230,10 @@ __device__ __forceinline__ void first_block(const lola_device_segment &g, const 
   }
   __syncthreads();
   lola_device_start_next(); /* whose blocks find no rows but this step's */
-  write_rows(g, rows, known);
+  const int updated = write_rows(g, plan, rows, known);
   if (threadIdx.x == 0) {
     add_signal(&known.signals->queries, ALL_QUERIES - (gridDim.x - 1));
-    store_signal(&known.signals->rows_known, 1);
+    store_signal(&known.signals->rows_known, 1 + updated);
   }
 }
 
@@ -259,7 +264,8 @@ __device__ __forceinline__ void signal_queries(const decode_rows &known) {
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, const decode_rows known, float *phi) {
+                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step,
+                          const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
   const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
@@ -267,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
   if (block < 0) {
-    first_block(g, rows, known);
+    first_block(g, step, rows, known);
     return;
   }
   const auto look_up = [&] { look_up_rows(rows, g.B, first, ROWS, batch, offset); };
@@ -343,12 +349,13 @@ constexpr int WIDE_BYTES = (WIDE_ROWS * WIDE_F + WIDE_TEAMS * WARPS * WIDE_PARTS
 
 __global__ void __launch_bounds__(WIDE_THREADS, 1)
     decode_wide_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                               int blocks, const decode_rows known, float *phi) {
+                               const __grid_constant__ decode_plan step, int blocks, const decode_rows known,
+                               float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[WIDE_ROWS], offset[WIDE_ROWS];
   constexpr int D = WIDE_F, STEPS = D / WIDE_PARTS;
   if (blockIdx.x == 0) {
-    first_block(g, rows, known);
+    first_block(g, step, rows, known);
     return;
   }
   const int block = static_cast<int>(blockIdx.x) - 1, head = block / blocks,

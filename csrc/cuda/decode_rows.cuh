@@ -1,6 +1,6 @@
 /* What the first kernel of a large decoding step finds out about its rows, for the kernels behind it, and what the
  * kernels of a step signal each other. They run beside one another: the first one's blocks all run before the next
- * kernel's start, so these wait for what they need and for no more. */
+ * kernel's start, so these wait for what they need and for no more. Only the last one, the merge, awaits them all. */
 #ifndef LOLA_CUDA_DECODE_ROWS_CUH
 #define LOLA_CUDA_DECODE_ROWS_CUH
 
@@ -19,8 +19,7 @@ struct decode_row {
 /* On lines of their own. Zero before a cache's first step. */
 struct decode_signals {
   alignas(128) unsigned ticket;     /* units that the main kernel's blocks have taken, beyond those they begin with */
-  alignas(128) unsigned rows_known; /* 1 once the rows of this step are written */
-  int updated_rows;                 /* how many are updated */
+  alignas(128) unsigned rows_known; /* 0 until the rows of this step are written, then 1 more than are updated */
   alignas(128) unsigned queries;    /* a multiple of ALL_QUERIES once rows_known and phi(q) are all written */
 };
 
@@ -49,9 +48,11 @@ __device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
 }
 
-/* Waits until the rows of this step are written. */
-__device__ __forceinline__ void await_rows(const decode_rows &known) {
-  while (!load_signal(&known.signals->rows_known)) __nanosleep(20);
+/* Waits until the rows of this step are written; how many are updated. */
+__device__ __forceinline__ int await_rows(const decode_rows &known) {
+  unsigned signal;
+  while (!(signal = load_signal(&known.signals->rows_known))) __nanosleep(20);
+  return static_cast<int>(signal - 1);
 }
 
 /* Waits until its phi(q) are written too. */

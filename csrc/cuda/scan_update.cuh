@@ -397,9 +397,9 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   lola_device_begin(beside);
   int looked_at = g.B; /* rows */
   if (beside) {
-    if (thread == 0) await_rows(known);
+    if (thread == 0) shared.row_count[0] = await_rows(known);
     __syncthreads();
-    looked_at = __ldcg(&known.signals->updated_rows);
+    looked_at = shared.row_count[0];
   }
   cluster_turns turns = {};
   bool begun = false;
