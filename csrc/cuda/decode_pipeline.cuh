@@ -642,8 +642,8 @@ __global__ void __launch_bounds__(THREADS)
   const int first_head = kv_head * g.r;
   const auto gate_of = [&](int j) { return g.gate ? __ldg(g.gate + first_head + j) : 0; };
   const auto count_of = [&](int j) -> int64_t {
-    return g.L ? g.sparse_count[static_cast<int64_t>(group) * plan.sets + divided(static_cast<unsigned>(j), plan.by_rs)]
-               : 0;
+    const int64_t first = static_cast<int64_t>(group) * plan.sets;
+    return g.L ? __ldcg(g.sparse_count + first + divided(static_cast<unsigned>(j), plan.by_rs)) : 0;
   };
   const int own = min(static_cast<int>(threadIdx.x) / 32, g.r - 1); /* head, the first that a warp merges */
   const float own_gate = gate_of(own);

@@ -197,17 +197,23 @@ template <typename T>
 __device__ __forceinline__ void compute_features(const lola_device_segment &g, const cluster_plan &plan,
                                                  const block_place &block, int count) {
   constexpr int M = weight_pieces<T>::columns, WARPGROUPS = THREADS / 128;
-  const int c = own_thread() % 4, C = static_cast<int>(g.C);
+  /* All warpgroups take as many turns, so that the block's barrier serves: racecheck loses count of the others where
+   * some warps wait at one of their own. Who has no tile left takes its last one, or the first, in vain. */
+  const auto tile_of = [&](int turn) {
+    return uniform(turn + own_warpgroup() * plan.column_blocks + block.column_block);
+  };
 #pragma unroll 1
-  for (int turn = 0; turn * WARPGROUPS * plan.column_blocks < plan.rows / TILE; turn++) {
-    const int tile = (turn * WARPGROUPS + own_warpgroup()) * plan.column_blocks + block.column_block;
-    const int first = uniform(tile * TILE);
-    const int left = first < plan.slots ? count - first : C + plan.slots - first;
-    const int pairs = uniform(tile < plan.rows / TILE ? left : 0); /* from there on */
+  for (int turn = 0; turn < plan.rows / TILE; turn += WARPGROUPS * plan.column_blocks) {
+    int read = tile_of(turn);
+    if (read * TILE >= plan.rows) read = turn ? read - WARPGROUPS * plan.column_blocks : block.column_block;
     float acc[8][4];
-    if (pairs > 0) project_tile<T>(g, plan, first, acc);
-    __syncthreads(); /* the keys were read */
+    project_tile<T>(g, plan, read * TILE, acc);
+    __syncthreads();                        /* the keys were read */
+    const int first = tile_of(turn) * TILE; /* once more: there are no registers to keep it in */
+    const int pairs =
+        first < plan.slots ? count - first : static_cast<int>(g.C) + plan.slots - first; /* from there on */
     if (pairs <= 0) continue;
+    const int c = own_thread() % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = tile_row(0) + 8 * half;
