@@ -198,14 +198,14 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
                                                  const block_place &block, int count) {
   constexpr int M = weight_pieces<T>::columns, WARPGROUPS = THREADS / 128;
   /* All warpgroups take as many turns, so that the block's barrier serves: racecheck loses count of the others where
-   * some warps wait at one of their own. Who has no tile left takes its last one, or the first, in vain. */
+   * some warps wait at one of their own. Who has no tile left takes the turn's first, in vain. */
   const auto tile_of = [&](int turn) {
     return uniform(turn + own_warpgroup() * plan.column_blocks + block.column_block);
   };
 #pragma unroll 1
   for (int turn = 0; turn < plan.rows / TILE; turn += WARPGROUPS * plan.column_blocks) {
     int read = tile_of(turn);
-    if (read * TILE >= plan.rows) read = turn ? read - WARPGROUPS * plan.column_blocks : block.column_block;
+    if (read * TILE >= plan.rows) read = turn;
     float acc[8][4];
     project_tile<T>(g, plan, read * TILE, acc);
     __syncthreads();                        /* the keys were read */
