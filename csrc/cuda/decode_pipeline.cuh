@@ -108,7 +108,7 @@ __device__ __forceinline__ unit_place unit_at(const lola_device_segment &g, cons
 /* A warp's look at what is known of a unit's (row, KV head), once what the unit needs has been written: a word a lane,
  * on its way until `keep` needs it. */
 struct facts_ahead {
-  enum { ROW = 0, COUNTS = 8, FOLDED = 16 }; /* the first lane of each */
+  enum { COUNTS = 8, FOLDED = 16 }; /* the first lanes of these, behind those of the row */
   unit_place place;
   int kv_head;
   unsigned group;

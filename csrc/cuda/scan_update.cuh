@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   cluster_shared &shared = shared_of(plan);
   const tables t = tables_of(plan);
-  const int group = blockIdx.x / plan.blocks, thread = own_thread(), warp = thread / 32, lane = thread % 32;
+  const int group = blockIdx.x / plan.blocks;
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
   block.head = block.rank / plan.column_blocks;
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   lola_device_begin(beside);
   int looked_at = g.B; /* rows */
   if (beside) {
-    if (thread == 0) shared.row_count[0] = await_rows(known);
+    if (own_thread() == 0) shared.row_count[0] = await_rows(known);
     __syncthreads();
     looked_at = shared.row_count[0];
   }
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   int before = 0; /* units of the rows looked at so far */
 #pragma unroll 1
   for (int first = 0; first < looked_at; first += ROWS_AT_ONCE) {
-    const int index = first + thread;
+    const int thread = own_thread(), warp = thread / 32, lane = thread % 32, index = first + thread;
     const bool looks = thread < ROWS_AT_ONCE && index < looked_at;
     const int row = looks && beside ? __ldcg(known.updated + index) : index;
     int64_t position = -1;

@@ -53,7 +53,7 @@ LOCAL = {
     # Around the call that breaks ties, and once a chunk.
     r"wgmma_scan::scan_wgmma_kernel<.*>": (72, 0),
     # The same; of float16, whose keys are two halves, a little more.
-    r"wgmma_scan::update_wgmma_kernel<.*<fp16, .*>>": (64, 0),
+    r"wgmma_scan::update_wgmma_kernel<.*<fp16, 2, .*>>": (64, 0),
     r"wgmma_scan::update_wgmma_kernel<.*>": (48, 0),
     # For pairs that do not fit in shared memory.
     r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
