@@ -281,7 +281,7 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
       status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, nullptr, stream, message);
     }
     if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
-    if (!status) status = lola_cuda_commit(&g, stream, message);
+    if (!status) status = lola_cuda_commit(&g, i + 1 == plan.segments, stream, message);
   }
   lola_cuda_release(call->device, scratch, call->stream);
   return status;

@@ -142,12 +142,14 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
   }
 }
 
-/* A row has blocks for its sparse slots, then blocks for its ring. */
+/* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may be
+ * an update that looks at counters before it awaits this one, and may find no older ones than a step ago. */
 __global__ void __launch_bounds__(THREADS, 3)
-    commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks) {
-  lola_device_start_next();
+    commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks, int ends) {
+  if (!ends) lola_device_start_next();
   const int blocks = sparse_blocks + window_blocks, row = blockIdx.x / blocks, part = blockIdx.x % blocks;
   lola_device_await_previous();
+  if (ends) lola_device_start_next();
   const lola_device_span span = g.spans[row];
   if (part < sparse_blocks)
     commit_sparse(g, span, row, part, sparse_blocks);
@@ -169,32 +171,32 @@ int window_blocks_for(const lola_device_segment &g) {
   return blocks_for(tokens * g.Hkv, g.B);
 }
 
-lola_status launch(const lola_device_segment &g, int sparse_blocks, int window_blocks, cudaStream_t stream,
+lola_status launch(const lola_device_segment &g, int sparse_blocks, int window_blocks, int ends, cudaStream_t stream,
                    lola_message *message) {
   const int64_t blocks = static_cast<int64_t>(g.B) * (sparse_blocks + window_blocks);
   if (!blocks) return LOLA_OK;
   if (blocks > INT64_C(0x7fffffff))
     return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", g.B);
   return lola_cuda_launched(lola_cuda_launch_chained(commit_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream,
-                                                     g, sparse_blocks, window_blocks),
+                                                     g, sparse_blocks, window_blocks, ends),
                             "commit", message);
 }
 
 } // namespace
 
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  return segment->B ? launch(*segment, sparse_blocks_for(*segment), 0, stream, message) : LOLA_OK;
+  return segment->B ? launch(*segment, sparse_blocks_for(*segment), 0, 0, stream, message) : LOLA_OK;
 }
 
-lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
+lola_status lola_cuda_commit(const lola_device_segment *segment, int ends, cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B) return LOLA_OK;
   int sparse_blocks = sparse_blocks_for(g);
   /* A caller's own features stay where they are. */
   if (!carries(g) || g.stores_features) {
-    lola_status status = launch(g, sparse_blocks, 0, stream, message);
+    lola_status status = launch(g, sparse_blocks, 0, 0, stream, message);
     if (status) return status;
     sparse_blocks = 0;
   }
-  return launch(g, sparse_blocks, window_blocks_for(g), stream, message);
+  return launch(g, sparse_blocks, window_blocks_for(g), ends, stream, message);
 }

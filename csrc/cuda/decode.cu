@@ -687,7 +687,6 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   }
   if (status) return status;
   if (plan.small) {
-    small.awaits = !updates;
     small.updates = updates;
     return launched(g.dtype == LOLA_FLOAT16 ? launch_small<__half>(g, rows, small, places.row_counters, stream)
                                             : launch_small<__nv_bfloat16>(g, rows, small, places.row_counters, stream),

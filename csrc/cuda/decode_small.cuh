@@ -38,7 +38,6 @@ struct small_plan {
   int window_tiles, sparse_tiles; /* at most: per KV head, per set */
   int tiles;                      /* of a cluster, at most */
   int updates;                    /* an update's kernels do */
-  int awaits;                     /* no update's kernels come before this one */
   int64_t first_update;           /* the first position whose chunk does not begin within W */
   double per_C, per_ring;         /* 1 / C and 1 / R */
   divisor by_rs, by_sparse_tiles;
@@ -366,7 +365,6 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   __shared__ float2 sums[SMALL_WARPS][MATRIX_HEADS];
   __shared__ small_facts facts;
   __shared__ int is_updated;
-  lola_device_start_next();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z, head = kv_head * g.r + rank;
   const int group = row * g.Hkv + kv_head, state = group * g.r + rank, ring = static_cast<int>(g.R);
@@ -425,18 +423,15 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   small_cluster_arrive<true>();
   const T *const own_query = reinterpret_cast<const T *>(lola_device_at(g.q, batch, 0, head)) + warp;
   char *const out = lola_device_at(g.out, batch, 0, head);
-  /* With an update's kernels between, this one has not begun before all that came before them has ended. */
-  if (plan.awaits) lola_device_await_previous();
+  lola_device_await_previous();
+  lola_device_start_next();
 
-  int64_t position = 0; /* who reads it uses it before it arrives below: then it may change */
-  if (plan.updates || (is_state ? warp == CLERK : has_window)) position = __ldcg(g.tokens_seen + row);
+  int64_t position = 0; /* who reads it does before it arrives below: then it may change */
+  if (plan.updates || warp == CLERK || has_window) position = __ldcg(g.tokens_seen + row);
   if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
     int64_t start, stop;
     row_range(rows, row, &start, &stop);
-    if (stop <= start) { /* idle */
-      if (!plan.awaits) lola_device_await_previous();
-      return;
-    }
+    if (stop <= start) return; /* idle */
   }
   int pairs_of_set = 0; /* for the merge */
   float gate = 0;
@@ -453,7 +448,6 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   bool updated = false;
   if (plan.updates) {
     updated = position >= (__ldcg(g.chunks + row) + 1) * g.C && position >= plan.first_update;
-    if (updated && !plan.awaits) lola_device_await_previous();
     if (threadIdx.x == 0) is_updated = updated;
   }
 
@@ -611,8 +605,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     facts_barrier<true>();
     ring_slot = window.ring_slot;
   }
-  if (!plan.awaits) lola_device_await_previous(); /* an update's kernel may still look at a counter of the row's */
-  if (rank == 0) {                                /* the newest pair into its ring slot, and its score */
+  if (rank == 0) { /* the newest pair into its ring slot, and its score */
     const bool is_key = lane < 16;
     const int64_t slot = static_cast<int64_t>(group) * ring + ring_slot;
     const char *const from = lola_device_at(is_key ? g.k : g.v, batch, 0, kv_head);
@@ -627,13 +620,12 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
       g.window_given[(static_cast<int64_t>(row) * g.S + own_set) * ring + ring_slot] = sum;
     }
   }
+  asm volatile("" : "+l"(position)); /* it is there */
   if (lane == 31 && atomicAdd(arrivals + row, 1) == static_cast<unsigned>(plan.blocks * g.Hkv) - 1) {
     /* No block of the row will look at its counters. */
     arrivals[row] = 0;
-    position = g.tokens_seen[row];
-    const int64_t chunk = position / g.C;
     g.tokens_seen[row] = position + 1;
-    if (chunk > g.chunks[row]) g.chunks[row] = chunk;
+    g.chunks[row] = quotient(position, static_cast<int>(g.C), plan.per_C); /* no fewer than before */
   }
 #endif
 }

@@ -28,21 +28,12 @@ __device__ __forceinline__ unsigned finish_pair(float x, float y) {
 }
 
 /* phi of one row whose projection lies in `acc`, 32 columns to each 4 products; `half` picks the fragment's rows, and
- * c = lane % 4. Where the row is `needed`, `store` takes 8 neighbouring features, rounded, and which is the first. */
+ * c = lane % 4. Where the row is `needed`, `store` takes 8 neighbouring features, rounded, and which is the first. Of
+ * Hedgehog's maps: */
 template <int PRODUCTS, class Store>
-__device__ __forceinline__ void finish_row(lola_map_kind kind, const float (&acc)[PRODUCTS][4], const int half, int M,
-                                           int c, bool needed, Store store) {
+__device__ __forceinline__ void finish_hedgehog_row(lola_map_kind kind, const float (&acc)[PRODUCTS][4], const int half,
+                                                    int M, int c, bool needed, Store store) {
   unsigned y[4];
-  if (kind == LOLA_MAP_RELU) {
-#pragma unroll
-    for (int q = 0; q < PRODUCTS / 4; q++) {
-      const int column = 32 * q + 8 * c;
-#pragma unroll
-      for (int i = 0; i < 4; i++) y[i] = finish_pair(acc[4 * q + i][2 * half], acc[4 * q + i][2 * half + 1]);
-      if (needed && column < M) store(column, y);
-    }
-    return;
-  }
   float high = -INFINITY, low = INFINITY;
 #pragma unroll
   for (int n = 0; n < PRODUCTS; n++) {
@@ -72,6 +63,24 @@ __device__ __forceinline__ void finish_row(lola_map_kind kind, const float (&acc
       for (int i = 0; i < 4; i++) y[i] = finish_pair(e[8 * q + 2 * i] * scale, e[8 * q + 2 * i + 1] * scale);
       if (needed && column < M) store(sign * M + column, y);
     }
+  }
+}
+
+/* Of any map. */
+template <int PRODUCTS, class Store>
+__device__ __forceinline__ void finish_row(lola_map_kind kind, const float (&acc)[PRODUCTS][4], const int half, int M,
+                                           int c, bool needed, Store store) {
+  if (kind != LOLA_MAP_RELU) {
+    finish_hedgehog_row(kind, acc, half, M, c, needed, store);
+    return;
+  }
+#pragma unroll
+  for (int q = 0; q < PRODUCTS / 4; q++) {
+    const int column = 32 * q + 8 * c;
+    unsigned y[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) y[i] = finish_pair(acc[4 * q + i][2 * half], acc[4 * q + i][2 * half + 1]);
+    if (needed && column < M) store(column, y);
   }
 }
 

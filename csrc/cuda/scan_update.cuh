@@ -53,6 +53,16 @@ __device__ __forceinline__ int64_t updating_position(const lola_device_segment &
   return leaving.end > leaving.first ? span.position : -1;
 }
 
+/* Whether pairs may leave a window, while the step before, and no other, may still be under way: it counts one more
+ * token and, if it has an update itself, one more chunk. The whole block. */
+__device__ __forceinline__ bool may_update(const lola_device_segment &g) {
+  bool may = false;
+#pragma unroll 1
+  for (int row = own_thread(); row < g.B; row += THREADS)
+    may |= __ldcg(g.tokens_seen + row) + 1 >= (__ldcg(g.chunks + row) + 1) * g.C;
+  return __syncthreads_or(may);
+}
+
 /* What is the same for all units. The cluster's other blocks may write here when they have waited for it. */
 __device__ __forceinline__ void begin_cluster(const lola_device_segment &g, const cluster_plan &plan,
                                               cluster_shared &shared) {
@@ -79,14 +89,8 @@ struct due_update {
   int64_t position; /* of the row's token */
 };
 
-/* The rows of phi are computed in tiles of 64, which the blocks of a head take in turn, and in a block its warpgroups.
- */
-__device__ __forceinline__ bool computes(const cluster_plan &plan, const block_place &block, int row) {
-  return row / TILE % plan.column_blocks == block.column_block;
-}
-
-/* Asks for the keys of rows first .. end - 1 whose features this block computes; `slot`, one of `slots`, has the first.
- */
+/* Asks for the keys of rows first .. end - 1 whose features this block computes: phi is computed in tiles of 64 rows,
+ * which the blocks of a head take in turn, and in a block its warpgroups. `slot`, one of `slots`, has the first key. */
 template <typename T>
 __device__ __forceinline__ void fetch_keys(const lola_device_segment &g, const cluster_plan &plan,
                                            const block_place &block, int first, int end, const char *keys, int slot,
@@ -94,13 +98,21 @@ __device__ __forceinline__ void fetch_keys(const lola_device_segment &g, const c
   constexpr int STEP = THREADS / T::phi_pieces;
   const int piece = own_thread() % T::phi_pieces;
   if (8 * piece >= g.D) return;
-#pragma unroll 4
-  for (int row = first + own_thread() / T::phi_pieces; row < end; row += STEP) {
-    if (!computes(plan, block, row)) continue;
-    int at = slot + row - first;
-    if (at >= slots) at -= slots;
-    cp_async(shared_address(wgmma_memory + phi_at(plan, row, piece)),
-             keys + (static_cast<int64_t>(at) * g.D + 8 * piece) * 2);
+  int tile = first / TILE, next = tile % plan.column_blocks; /* whose it is */
+#pragma unroll 1
+  for (; tile * TILE < end; tile++) {
+    const bool own = next == block.column_block;
+    next = next + 1 == plan.column_blocks ? 0 : next + 1;
+    if (!own) continue;
+#pragma unroll
+    for (int i = 0; i < TILE; i += STEP) {
+      const int row = tile * TILE + own_thread() / T::phi_pieces + i;
+      int at = slot + row - first;
+      if (at >= slots) at -= slots;
+      if (row < end)
+        cp_async(shared_address(wgmma_memory + phi_at(plan, row, piece)),
+                 keys + (static_cast<int64_t>(at) * g.D + 8 * piece) * 2);
+    }
   }
 }
 
@@ -217,15 +229,15 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = tile_row(0) + 8 * half;
-      finish_row(g.map.kind, reinterpret_cast<const float(&)[M / 8][4]>(acc), half, M, c, row < pairs,
+      finish_hedgehog_row(g.map.kind, reinterpret_cast<const float(&)[M / 8][4]>(acc), half, M, c, row < pairs,
                  [&](int column, const unsigned(&y)[4]) {
                    const int at = phi_at(plan, first + row, column / 8);
                    const uint4 x = make_uint4(y[0], y[1], y[2], y[3]);
                    piece_at(at) = x;
-                   for (int other = block.rank - block.column_block; other < block.rank; other++)
-                     store_in_cluster(shared_address(wgmma_memory + at), other, x);
-                   for (int i = block.column_block + 1; i < plan.column_blocks; i++)
-                     store_in_cluster(shared_address(wgmma_memory + at), block.rank - block.column_block + i, x);
+#pragma unroll 1
+                   for (int other = plan.column_blocks - 1; other >= 0; other--)
+                     if (other != block.column_block)
+                       store_in_cluster(shared_address(wgmma_memory + at), block.rank - block.column_block + other, x);
                  });
     }
   }
@@ -233,6 +245,7 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
 
 /* Asks for lines of memory, those of `bytes` from `from` on that fall to this one of so many threads. */
 __device__ __forceinline__ void prefetch_lines(const void *from, int64_t bytes, int thread, int threads) {
+#pragma unroll 1
   for (int64_t at = thread * INT64_C(128); at < bytes; at += threads * INT64_C(128))
     prefetch_l2(static_cast<const char *>(from) + at);
 }
@@ -400,7 +413,16 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
   const bool beside = known.signals != nullptr;
-  lola_device_begin(beside);
+  lola_device_start_next(); /* in a small step it has much to ask for before it awaits this one */
+  if (beside) {
+    __threadfence(); /* as lola_device_begin */
+  } else {
+    if (!may_update(g)) {
+      if (group == plan.groups - 1) lola_device_await_previous();
+      return;
+    }
+    lola_device_await_previous();
+  }
   int looked_at = g.B; /* rows */
   if (beside) {
     if (own_thread() == 0) shared.row_count[0] = await_rows(known);

@@ -494,6 +494,7 @@ __device__ void store_state(const lola_device_segment &g, const block_place &blo
   const int64_t at = static_cast<int64_t>(unit.row) * g.Hq + unit.head;
   float *H = g.hidden + at * g.F * g.Dv, *s = g.normalizer + at * g.F;
   store_hidden<T>(g, block, h, H);
+#pragma unroll 1
   for (int f = own_thread(); !block.column_block && f < g.F; f += WALKERS) s[f] = t.normalizer[f];
 }
 
@@ -1069,12 +1070,14 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
 __device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const scan_unit &unit, const tables &t,
                                            int64_t before, int count, int64_t left, int thread, int threads) {
   const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
+#pragma unroll 1
   for (int slot = thread; slot < count; slot += threads) {
     g.slot_source[group * g.L + slot] = t.code[slot];
     g.sparse_scores[group * g.L + slot] = t.score[slot];
     if (t.code[slot] >= 0) g.sparse_positions[group * g.L + slot] = unit.base + t.code[slot];
   }
   if (thread == 0) g.sparse_count[group] = count;
+#pragma unroll 1
   for (int h = thread; h < g.rs; h += threads) /* what neither stayed nor entered was folded */
     g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - (count - before);
 }

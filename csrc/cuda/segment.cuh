@@ -115,8 +115,8 @@ lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int bes
                                      lola_message *message);
 /* Sparse slots whose slot_source is >= 0, from ring and tokens. */
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. */
-lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
+/* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. `ends`: so does the call. */
+lola_status lola_cuda_commit(const lola_device_segment *segment, int ends, cudaStream_t stream, lola_message *message);
 /* One token for each row that is not idle: attends, writes the token into the ring, advances tokens_seen and chunks;
  * before that, where rows may have one (`updates`), comes the update, which computes features itself
  * (lola_cuda_update_projects) if there is no slot_phi. `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed
