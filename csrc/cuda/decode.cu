@@ -615,8 +615,8 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
 }
 
 lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
-                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
-                           lola_message *message) {
+                           int beside, const scratch_places &places, const device_limits &limits, int device,
+                           cudaStream_t stream, lola_message *message) {
   if (step.pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY &&
       lola_device_rows_are_aligned(g.q)) {
     const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
@@ -624,7 +624,7 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
     if (error == cudaSuccess)
       error =
           lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(1 + g.Hq * blocks), WIDE_THREADS,
-                                   WIDE_BYTES, stream, g, rows, step, blocks, places.rows, places.phi);
+                                   WIDE_BYTES, stream, g, rows, step, blocks, beside, places.rows, places.phi);
     return launched(error, "decode_queries", message);
   }
   query_plan plan = plan_queries(g, 1);
@@ -639,7 +639,7 @@ lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, 
   if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
   const auto queue = [&](auto kernel) {
     return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
-                                    places.rows, places.phi);
+                                    beside, places.rows, places.phi);
   };
   cudaError_t error = cudaSuccess;
   if (many) {
@@ -672,19 +672,18 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   lola_status status = plan_step(g, &plan, &small, &device, &limits, message);
   if (status) return status;
   const scratch_places places = places_in(scratch, g);
-  if (!plan.small) status = launch_queries(g, rows, plan, places, limits, device, stream, message);
-  if (updates) {
-    const bool projects = !g.slot_phi;
-    if (!status && projects)
-      status = lola_cuda_update(segment, rows, plan.small ? nullptr : &places.rows, stream, message);
-    if (!status && !projects)
-      status =
-          lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
+  const bool projects = updates && !g.slot_phi;
+  if (projects) status = lola_cuda_update(segment, rows, plan.small ? nullptr : places.rows.signals, stream, message);
+  if (!status && !plan.small)
+    status = launch_queries(g, rows, plan, projects, places, limits, device, stream, message);
+  if (!status && updates && !projects) {
+    status =
+        lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
     lola_device_segment scanned = g;
     scanned.spans_are_old = !plan.small;
-    if (!status && !projects) status = lola_cuda_scan(&scanned, 0, stream, message);
-    if (!status && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
+    if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);
   }
+  if (!status && updates && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
   if (status) return status;
   if (plan.small) {
     small.updates = updates;

@@ -220,28 +220,27 @@ __device__ __forceinline__ int write_rows(const lola_device_segment &g, const de
   return updated_rows;
 }
 
-/* What the first block does, instead of phi(q). */
+/* What the first block does, instead of phi(q). `beside` an update, which has cleared the signals; it has begun then. */
 __device__ __forceinline__ void first_block(const lola_device_segment &g, const decode_plan &plan,
-                                            const call_rows &rows, const decode_rows &known) {
-  lola_device_await_previous();
-  if (threadIdx.x == 0) {
-    known.signals->ticket = known.signals->rows_known = 0;
-    __threadfence();
+                                            const call_rows &rows, int beside, const decode_rows &known) {
+  if (!beside) {
+    lola_device_await_previous();
+    if (threadIdx.x == 0) clear_signals(known.signals);
+    __syncthreads();
+    lola_device_start_next(); /* whose blocks find no rows but this step's */
   }
-  __syncthreads();
-  lola_device_start_next(); /* whose blocks find no rows but this step's */
   const int updated = write_rows(g, plan, rows, known);
   if (threadIdx.x == 0) {
     add_signal(&known.signals->queries, ALL_QUERIES - (gridDim.x - 1));
     store_signal(&known.signals->rows_known, 1 + updated);
   }
+  lola_device_end(beside);
 }
 
 /* Where `count` rows' tokens lie, from row `first` on: their place in the batch, -1 if idle, and offset. */
-__device__ __forceinline__ void look_up_rows(const call_rows &rows, int B, int first, int count, int64_t *batch,
-                                             int64_t *offset) {
-  lola_device_await_previous();
-  lola_device_start_next();
+__device__ __forceinline__ void look_up_rows(const call_rows &rows, int beside, int B, int first, int count,
+                                             int64_t *batch, int64_t *offset) {
+  if (!beside) lola_device_begin(0);
   const int own = static_cast<int>(threadIdx.x);
   if (own < count) {
     const int row = first + own;
@@ -253,10 +252,11 @@ __device__ __forceinline__ void look_up_rows(const call_rows &rows, int B, int f
   __syncthreads();
 }
 
-/* The block's phi(q) are written. */
-__device__ __forceinline__ void signal_queries(const decode_rows &known) {
+/* The block's phi(q) are written, and it ends. */
+__device__ __forceinline__ void signal_queries(const decode_rows &known, int beside) {
   __syncthreads();
   if (threadIdx.x == 0) add_signal(&known.signals->queries, 1);
+  lola_device_end(beside);
 }
 
 /* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the kernels
@@ -264,19 +264,20 @@ __device__ __forceinline__ void signal_queries(const decode_rows &known) {
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step,
+                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step, int beside,
                           const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
+  if (beside) lola_device_begin(beside);
   const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
   const bool hedgehog = lola_device_is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
   if (block < 0) {
-    first_block(g, step, rows, known);
+    first_block(g, step, rows, beside, known);
     return;
   }
-  const auto look_up = [&] { look_up_rows(rows, g.B, first, ROWS, batch, offset); };
+  const auto look_up = [&] { look_up_rows(rows, beside, g.B, first, ROWS, batch, offset); };
   const bool round = g.dtype != LOLA_FLOAT32;
   float *out = phi + (static_cast<int64_t>(first) * g.Hq + head) * F;
   const int64_t row_step = static_cast<int64_t>(g.Hq) * F;
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       const float y = lola_device_load(lola_device_at(g.q_features, batch[q], offset[q], head), f, g.q_features.dtype);
       out[q * row_step + f] = round ? __bfloat162float(__float2bfloat16_rn(y)) : y;
     }
-    signal_queries(known);
+    signal_queries(known, beside);
     return;
   }
   float *parts = query_memory, *x = query_memory + plan.x_at;
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       if (batch[q] >= 0)
         exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round,
                      query_memory + plan.phi_at + q * F, out + q * row_step);
-    signal_queries(known);
+    signal_queries(known, beside);
     return;
   }
 #pragma unroll 1
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     out[q * row_step + f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, LOLA_FEATURE_FLOOR, round)
                                                         : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
   }
-  signal_queries(known);
+  signal_queries(known, beside);
 }
 
 /* The same for Hedgehog's 128 features of vectors of 128. A block has one head and up to WIDE_ROWS rows, four of which
@@ -349,13 +350,14 @@ constexpr int WIDE_BYTES = (WIDE_ROWS * WIDE_F + WIDE_TEAMS * WARPS * WIDE_PARTS
 
 __global__ void __launch_bounds__(WIDE_THREADS, 1)
     decode_wide_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                               const __grid_constant__ decode_plan step, int blocks, const decode_rows known,
-                               float *phi) {
+                               const __grid_constant__ decode_plan step, int blocks, int beside,
+                               const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[WIDE_ROWS], offset[WIDE_ROWS];
   constexpr int D = WIDE_F, STEPS = D / WIDE_PARTS;
+  if (beside) lola_device_begin(beside);
   if (blockIdx.x == 0) {
-    first_block(g, step, rows, known);
+    first_block(g, step, rows, beside, known);
     return;
   }
   const int block = static_cast<int>(blockIdx.x) - 1, head = block / blocks,
@@ -367,7 +369,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
   const float *const weights = g.map.w_q + (static_cast<int64_t>(head) * D + part) * WIDE_M + column;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) load_weights<4>(weights + i * WIDE_PARTS * WIDE_M, w[i]);
-  look_up_rows(rows, g.B, first, WIDE_ROWS, batch, offset);
+  look_up_rows(rows, beside, g.B, first, WIDE_ROWS, batch, offset);
   float *const x = query_memory;
   for (int i = threadIdx.x; i < count * (D / 8); i += WIDE_THREADS) {
     const int row = i / (D / 8), piece = i % (D / 8);
@@ -405,7 +407,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     }
     team_sync(); /* the parts were read */
   }
-  signal_queries(known);
+  signal_queries(known, beside);
 }
 
 } // namespace

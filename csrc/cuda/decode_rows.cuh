@@ -48,6 +48,12 @@ __device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
 }
 
+/* Before a kernel that waits for them may start. */
+__device__ __forceinline__ void clear_signals(decode_signals *signals) {
+  signals->ticket = signals->rows_known = 0;
+  __threadfence();
+}
+
 /* Waits until the rows of this step are written; how many are updated. */
 __device__ __forceinline__ int await_rows(const decode_rows &known) {
   unsigned signal;

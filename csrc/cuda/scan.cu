@@ -1323,7 +1323,7 @@ int lola_cuda_update_projects(const lola_device_segment *segment) {
   return !make_update_plan(*segment, &limits, &plan, &ignored) && plan.groups;
 }
 
-lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, const decode_rows *known,
+lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, decode_signals *signals,
                              cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B) return LOLA_OK;
@@ -1332,7 +1332,7 @@ lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows
   lola_status status = make_update_plan(g, &limits, &plan, message);
   if (status) return status;
   cudaError_t error = allow_update(wgmma_scan::update_kernel_of(g.dtype, plan.panels), limits);
-  if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, known ? *known : decode_rows{}, stream);
+  if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, signals, stream);
   return lola_cuda_status(error, "update", message);
 }
 

@@ -3,8 +3,7 @@
  * Unlike a segment's scan it computes the features itself, in the place of the keys: a decoding step has little to do
  * but much to wait for, and a kernel that computed them before this one would be one more to wait for, and their way
  * through memory one more. The blocks of a head share out its pairs and send each other what they have. For the same
- * reason it runs beside the step's first kernel and waits only for what that one says of the rows, or, in a step
- * without one, looks up by itself which rows end a chunk.
+ * reason it looks up by itself which rows end a chunk, and the step's other kernels run beside it.
  * The arithmetic is that of features.cu and of scan_wgmma.cuh, so that bits do not tell how a pair or a state came to
  * be.
  */
@@ -397,13 +396,12 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
 
 #endif
 
-/* Where rows are `known` it runs beside the kernel that finds out about them, which writes nothing else of what an
- * update reads, and reads nothing of what it writes. The last cluster awaits that one, at its end: so does who awaits
- * this. */
+/* With `signals` the step's other kernels run beside it, once all before it has ended and it has cleared the signals for
+ * them; without, the next one awaits it, but has much to ask for before. */
 template <typename T>
 __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
-                        const __grid_constant__ call_rows rows, const __grid_constant__ decode_rows known) {
+                        const __grid_constant__ call_rows rows, decode_signals *signals) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   cluster_shared &shared = shared_of(plan);
   const tables t = tables_of(plan);
@@ -412,33 +410,26 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.rank = blockIdx.x % plan.blocks;
   block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
-  const bool beside = known.signals != nullptr;
-  lola_device_start_next(); /* in a small step it has much to ask for before it awaits this one */
-  if (beside) {
-    __threadfence(); /* as lola_device_begin */
-  } else {
-    if (!may_update(g)) {
-      if (group == plan.groups - 1) lola_device_await_previous();
-      return;
+  if (!signals) lola_device_start_next();
+  /* Where there is nothing to do, all but the last cluster make room at once: the step before has others to wait for. */
+  const bool may = may_update(g);
+  if (may || group == plan.groups - 1) lola_device_await_previous();
+  if (signals) {
+    if (blockIdx.x + 1 == gridDim.x) {
+      if (own_thread() == 0) clear_signals(signals);
+      __syncthreads();
     }
-    lola_device_await_previous();
+    lola_device_start_next();
   }
-  int looked_at = g.B; /* rows */
-  if (beside) {
-    if (own_thread() == 0) shared.row_count[0] = await_rows(known);
-    __syncthreads();
-    looked_at = shared.row_count[0];
-  }
+  if (!may) return;
   cluster_turns turns = {};
   bool begun = false;
   int before = 0; /* units of the rows looked at so far */
 #pragma unroll 1
-  for (int first = 0; first < looked_at; first += ROWS_AT_ONCE) {
-    const int thread = own_thread(), warp = thread / 32, lane = thread % 32, index = first + thread;
-    const bool looks = thread < ROWS_AT_ONCE && index < looked_at;
-    const int row = looks && beside ? __ldcg(known.updated + index) : index;
+  for (int first = 0; first < g.B; first += ROWS_AT_ONCE) {
+    const int thread = own_thread(), warp = thread / 32, lane = thread % 32, row = first + thread;
     int64_t position = -1;
-    if (looks) position = beside ? __ldcg(&known.rows[row].position) : updating_position(g, rows, row);
+    if (thread < ROWS_AT_ONCE && row < g.B) position = updating_position(g, rows, row);
     if (!__syncthreads_or(position >= 0)) continue;
     const unsigned bits = __ballot_sync(ALL, position >= 0);
     if (thread < ROWS_AT_ONCE && lane == 0) shared.row_count[warp] = __popc(bits);
@@ -473,7 +464,6 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     before += units;
   }
   if (begun) cluster_wait(); /* nobody leaves while others may write to it */
-  if (beside && group == plan.groups - 1) lola_device_await_previous();
 #endif
 }
 
@@ -491,9 +481,9 @@ inline const void *update_kernel_of(lola_dtype dtype, int panels) {
 }
 
 inline cudaError_t launch_update(const lola_device_segment &g, const cluster_plan &plan, const call_rows &rows,
-                                 decode_rows known, cudaStream_t stream) {
+                                 decode_signals *signals, cudaStream_t stream) {
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
-                       const_cast<call_rows *>(&rows), &known};
+                       const_cast<call_rows *>(&rows), &signals};
   return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes + POSITION_BYTES, stream,
                          arguments);
 }

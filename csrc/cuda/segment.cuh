@@ -104,11 +104,11 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message);
 /* Whether lola_cuda_update can do what features of the cache and a scan without `record` do in decoding, in one kernel
- * that needs no spans. With what the kernel before it finds out about the rows (decode_rows.cuh) it runs beside that
- * one; without, it awaits it and finds out by itself. */
+ * that needs no spans. With `signals` (decode_rows.cuh) it clears them, and the step's kernels behind it may run beside
+ * it; without, the next one awaits it. */
 int lola_cuda_update_projects(const lola_device_segment *segment);
 lola_status lola_cuda_update(const lola_device_segment *segment, const struct call_rows &rows,
-                             const struct decode_rows *known, cudaStream_t stream, lola_message *message);
+                             struct decode_signals *signals, cudaStream_t stream, lola_message *message);
 /* Whether a third of the device or more is left to kernels that run beside a scan of this segment's sizes. */
 int lola_cuda_scan_leaves_room(const lola_device_segment *segment);
 lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,
