@@ -8,10 +8,10 @@
  * lola_device_start_next comes after lola_device_await_previous, but in a commit with which no call ends, in decoding's
  * scan and merge, which hold nobody up, and in kernels beside others. Decoding's main kernel comes behind that scan and
  * builds on it: once it has started, features has begun behind its wait, so all that came before features has ended. An
- * update that computes its features itself (scan_update.cuh) comes in the place of both, and it and the main kernel run
- * beside the kernel of the queries: decode_rows.cuh has the signals that they wait for. In a small step, which has no
- * such kernel, the update lets the next one start before it awaits the last step, so that this one asks for what it can
- * meanwhile. Before an update starts, all steps but the last have ended; it relies on that.
+ * update that computes its features itself (scan_update.cuh) comes in the place of both and before the kernel of the
+ * queries, which runs beside it, and so does the main kernel: decode_rows.cuh has the signals that they wait for. In a
+ * small step, which has no such kernel, the update lets the next one start before it awaits the last step, so that this
+ * one asks for what it can meanwhile. Before an update starts, all steps but the last have ended; it relies on that.
  *
  * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets
  * the next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that

@@ -142,8 +142,8 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
   }
 }
 
-/* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may be
- * an update that looks at counters before it awaits this one, and may find no older ones than a step ago. */
+/* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may
+ * be an update that looks at counters before it awaits this one, and may find no older ones than a step ago. */
 __global__ void __launch_bounds__(THREADS, 3)
     commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks, int ends) {
   if (!ends) lola_device_start_next();

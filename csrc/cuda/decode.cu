@@ -1,6 +1,7 @@
-/* decode: one token for each row that is not idle. The rows' spans and phi(q) (decode_queries.cuh), the update of the
- * cache, then everything else; they run beside one another as far as they can. A small batch goes through a kernel of
- * its own (decode_small.cuh).
+/* decode: one token for each row that is not idle. The update of the cache where one kernel does it (scan_update.cuh),
+ * the rows' spans and phi(q) (decode_queries.cuh), the update where it takes more, then everything else; they run
+ * beside one another as far as they can. A small batch goes through a kernel of its own (decode_small.cuh) behind the
+ * update.
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
@@ -614,9 +615,9 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
   return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
 }
 
-lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step,
-                           int beside, const scratch_places &places, const device_limits &limits, int device,
-                           cudaStream_t stream, lola_message *message) {
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step, int beside,
+                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
+                           lola_message *message) {
   if (step.pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY &&
       lola_device_rows_are_aligned(g.q)) {
     const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
@@ -674,8 +675,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const scratch_places places = places_in(scratch, g);
   const bool projects = updates && !g.slot_phi;
   if (projects) status = lola_cuda_update(segment, rows, plan.small ? nullptr : places.rows.signals, stream, message);
-  if (!status && !plan.small)
-    status = launch_queries(g, rows, plan, projects, places, limits, device, stream, message);
+  if (!status && !plan.small) status = launch_queries(g, rows, plan, projects, places, limits, device, stream, message);
   if (!status && updates && !projects) {
     status =
         lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);

@@ -1,6 +1,6 @@
-/* What the first kernel of a large decoding step finds out about its rows, for the kernels behind it, and what the
- * kernels of a step signal each other. They run beside one another: the first one's blocks all run before the next
- * kernel's start, so these wait for what they need and for no more. Only the last one, the merge, awaits them all. */
+/* What the kernel of a large decoding step's queries finds out about its rows, for those behind it, and what the
+ * kernels of a step signal each other. They run beside one another: all blocks of one run before the next one starts,
+ * so each waits for what it needs and for no more. Only the last one, the merge, awaits them all. */
 #ifndef LOLA_CUDA_DECODE_ROWS_CUH
 #define LOLA_CUDA_DECODE_ROWS_CUH
 

@@ -229,15 +229,16 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
     for (int half = 0; half < 2; half++) {
       const int row = tile_row(0) + 8 * half;
       finish_hedgehog_row(g.map.kind, reinterpret_cast<const float(&)[M / 8][4]>(acc), half, M, c, row < pairs,
-                 [&](int column, const unsigned(&y)[4]) {
-                   const int at = phi_at(plan, first + row, column / 8);
-                   const uint4 x = make_uint4(y[0], y[1], y[2], y[3]);
-                   piece_at(at) = x;
+                          [&](int column, const unsigned(&y)[4]) {
+                            const int at = phi_at(plan, first + row, column / 8);
+                            const uint4 x = make_uint4(y[0], y[1], y[2], y[3]);
+                            piece_at(at) = x;
 #pragma unroll 1
-                   for (int other = plan.column_blocks - 1; other >= 0; other--)
-                     if (other != block.column_block)
-                       store_in_cluster(shared_address(wgmma_memory + at), block.rank - block.column_block + other, x);
-                 });
+                            for (int other = plan.column_blocks - 1; other >= 0; other--)
+                              if (other != block.column_block)
+                                store_in_cluster(shared_address(wgmma_memory + at),
+                                                 block.rank - block.column_block + other, x);
+                          });
     }
   }
 }
@@ -396,8 +397,8 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
 
 #endif
 
-/* With `signals` the step's other kernels run beside it, once all before it has ended and it has cleared the signals for
- * them; without, the next one awaits it, but has much to ask for before. */
+/* With `signals` the step's other kernels run beside it, once all before it has ended and it has cleared the signals
+ * for them; without, the next one awaits it, but has much to ask for before. */
 template <typename T>
 __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
@@ -411,7 +412,8 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
   if (!signals) lola_device_start_next();
-  /* Where there is nothing to do, all but the last cluster make room at once: the step before has others to wait for. */
+  /* Where there is nothing to do, all but the last cluster make room at once: the step before has others to wait for.
+   */
   const bool may = may_update(g);
   if (may || group == plan.groups - 1) lola_device_await_previous();
   if (signals) {

@@ -14,7 +14,7 @@
  * scratch take turns, and so do two copies of the cache's keys and values, of which commit reads one and writes the
  * other.
  *
- * Decoding (T = 1) runs decode.cu's first kernel, then features and scan or one kernel that does both, and, where its
+ * Decoding (T = 1) runs an update in one kernel, or features and scan behind decode.cu's first one, and, where its
  * main kernel does not do that itself, commit of the sparse cache, which return at once when no row begins a chunk,
  * then the main kernel. */
 #ifndef LOLA_CUDA_SEGMENT_CUH

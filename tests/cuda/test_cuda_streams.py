@@ -232,6 +232,46 @@ def test_calls_do_not_wait_for_the_device(case):
     assert torch.isfinite(out).all() and int(cache.tokens_seen[0]) == at + 120 + case.chunk + 1
 
 
+@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("sparse_per", ["kv_head", "query_head"])
+def test_calls_that_queue_up_see_what_those_before_them_did(B, sparse_per):
+    """Kernels of neighbouring calls overlap, and some look at counters before the last step has ended. So calls of all kinds
+    wait in a queue behind each other, with nothing between them: prefill up to a chunk's end and into one, steps of which the
+    host knows that they have no update, steps of which it does not, steps that a small batch's own kernel cannot take."""
+    import torch
+    data = build(LAYER.but(B=B, T=520, D=128, Dv=128, F=128, window=64, chunk=32, sparse=70, sparse_per=sparse_per))
+    tokens = {n: tensor(data.stored[n]) for n in "qkv"}
+    beside = torch.empty(*tokens["q"].shape[:3], 129, dtype=tokens["q"].dtype, device=DEVICE)
+    beside[..., 1:] = tokens["q"]                                        # rows begin at no multiple of 16 bytes
+    fixed = {"gate": tensor(data.gate), "feature_map": lola_map(data)}
+    takes = tensor(np.ones(B, np.int64))
+    pieces = [(0, 128), *((t, t + 1) for t in range(128, 200)), (200, 256), *((t, t + 1) for t in range(256, 330)), (330, 352),
+              *((t, t + 1) for t in range(352, 460)), (460, 520)]
+
+    def decode(wait):
+        cache = new_cache(data)
+        outs = [torch.full_like(tokens["q"][:, lo:hi], float("nan")) for lo, hi in pieces]
+        long_wait()
+        for out, (lo, hi) in zip(outs, pieces):
+            given = {n: x[:, lo:hi] for n, x in tokens.items()}
+            if hi - lo == 1 and lo % 23 == 5:
+                given["q"] = beside[:, lo:hi, :, 1:]
+            if lo in (301, 400) or 410 < lo < 450:                       # from the first on the host counts no longer
+                given["stops"] = takes
+            lola.attention(**given, cache=cache, out=out, **fixed)
+            if wait:
+                torch.cuda.synchronize()
+        return array(torch.cat(outs, 1)), cache
+
+    out, cache = decode(wait=False)
+    waited, other = decode(wait=True)
+    assert_same_bits(out, waited)
+    assert_same_memory(cache, other, data.case.Hq)
+    whole = new_cache(data)
+    lola.attention(**tokens, cache=whole, **fixed)
+    assert_same_memory(cache, whole, data.case.Hq)
+
+
 def test_counters_of_eager_calls_need_no_sync():
     """tokens_seen is right while the call that it counts is still queued."""
     import torch
