@@ -233,12 +233,17 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
                             const int at = phi_at(plan, first + row, column / 8);
                             const uint4 x = make_uint4(y[0], y[1], y[2], y[3]);
                             piece_at(at) = x;
-#pragma unroll 1
-                            for (int other = plan.column_blocks - 1; other >= 0; other--)
-                              if (other != block.column_block)
-                                store_in_cluster(shared_address(wgmma_memory + at),
-                                                 block.rank - block.column_block + other, x);
                           });
+    }
+#pragma unroll 2
+    for (int i = 0; i < T::phi_pieces / 2; i++) { /* pieces that the thread has just written; few instructions do it */
+      const int row = tile_row(0) + i % 2 * 8, at = phi_at(plan, first + row, i / 2 * 4 + c);
+      if (row >= pairs) continue;
+      const uint4 x = piece_at(at);
+#pragma unroll 1
+      for (int other = plan.column_blocks - 1; other >= 0; other--)
+        if (other != block.column_block)
+          store_in_cluster(shared_address(wgmma_memory + at), block.rank - block.column_block + other, x);
     }
   }
 }
