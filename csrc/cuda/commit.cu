@@ -143,18 +143,22 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
 }
 
 /* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may
- * be an update that looks at counters before it awaits this one, and may find no older ones than a step ago. */
+ * be an update, which looks at counters before it awaits this one: it starts once they can be seen. */
 __global__ void __launch_bounds__(THREADS, 3)
     commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks, int ends) {
   if (!ends) lola_device_start_next();
   const int blocks = sparse_blocks + window_blocks, row = blockIdx.x / blocks, part = blockIdx.x % blocks;
   lola_device_await_previous();
-  if (ends) lola_device_start_next();
   const lola_device_span span = g.spans[row];
   if (part < sparse_blocks)
     commit_sparse(g, span, row, part, sparse_blocks);
   else
     commit_window(g, span, row, part - sparse_blocks, window_blocks);
+  if (ends) {
+    __threadfence();
+    __syncthreads();
+    lola_device_start_next();
+  }
 }
 
 /* Blocks per row for work that keeps so many teams of it busy. */

@@ -124,7 +124,9 @@ struct facts_ahead {
     if (at.unit.updated) lola_device_await_previous();
     if (at.unit.kind == STATE_UNIT && !*queries_known) {
       await_queries(known);
+      __syncwarp(); /* all have looked */
       if (lane == 0) *queries_known = true;
+      __syncwarp();
     }
     unsigned row = divided(at.group, plan.by_kv_heads);
     kv_head = static_cast<int>(at.group - row * g.Hkv);

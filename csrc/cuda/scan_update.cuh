@@ -157,11 +157,11 @@ __device__ __forceinline__ void put_weights(const lola_device_segment &g, const 
   }
 }
 
-/* The keys of 64 rows times the weights, as `project` of features_matrix.cuh has it: 16 products at a time, in order of
- * k, of halves of either in the same order. wgmma adds them up as mma.sync does. */
+/* The keys of 64 rows, if they are `there`, times the weights, as `project` of features_matrix.cuh has it: 16 products
+ * at a time, in order of k, of halves of either in the same order. wgmma adds them up as mma.sync does. */
 template <typename T>
 __device__ __forceinline__ void project_tile(const lola_device_segment &g, const cluster_plan &plan, int first,
-                                             float (&acc)[8][4]) {
+                                             bool there, float (&acc)[8][4]) {
   const uint32_t base = shared_address(wgmma_memory);
   pin(acc);
 #pragma unroll
@@ -174,7 +174,8 @@ __device__ __forceinline__ void project_tile(const lola_device_segment &g, const
       unsigned x[4][4], rest[4][4];
 #pragma unroll
       for (int step = 0; step < 4; step++) {
-        lola_load_rows(x[step], wgmma_memory + phi_at(plan, first + row, 8 * panel + 2 * step + lane / 16));
+        const int at = phi_at(plan, first + row, 8 * panel + 2 * step + lane / 16);
+        lola_load_rows(x[step], wgmma_memory + (there ? at : plan.halves)); /* or weights, which nobody writes */
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float2 pair = lola_widen<__half>(x[step][e]);
@@ -216,9 +217,10 @@ __device__ __forceinline__ void compute_features(const lola_device_segment &g, c
 #pragma unroll 1
   for (int turn = 0; turn < plan.rows / TILE; turn += WARPGROUPS * plan.column_blocks) {
     int read = tile_of(turn);
-    if (read * TILE >= plan.rows) read = turn;
+    const bool there = read * TILE < plan.rows;
+    if (!there) read = turn;
     float acc[8][4];
-    project_tile<T>(g, plan, read * TILE, acc);
+    project_tile<T>(g, plan, read * TILE, there, acc);
     __syncthreads();                        /* the keys were read */
     const int first = tile_of(turn) * TILE; /* once more: there are no registers to keep it in */
     const int pairs =
