@@ -379,17 +379,11 @@ template <typename T, int LANES> cudaError_t launch_tiles(const launch_arguments
   return launch<decode_kernel<T, LANES>>(a, device, THREADS, s.counters, s.phi, s.partials);
 }
 
+pipeline_scratch units_of(const scratch_places &places) { return {places.rows, places.phi, places.partials}; }
+
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    const scratch_places &s = a.scratch;
-    if (a.plan.pipeline) {
-      const pipeline_scratch units = {s.rows, s.phi, s.partials};
-      const cudaError_t error = launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, units);
-      if (error != cudaSuccess) return error;
-      const int64_t groups = static_cast<int64_t>(a.segment->B) * a.segment->Hkv;
-      return lola_cuda_launch_chained(decode_merge_kernel, static_cast<unsigned>(groups), THREADS, 0, a.stream,
-                                      *a.segment, a.plan, units);
-    }
+    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, units_of(a.scratch));
     if (a.plan.matrix) return a.is_long ? launch_tiles<T, LONG_MATRIX>(a, device) : launch_tiles<T, MATRIX>(a, device);
   }
   if (a.plan.lanes == 8) return launch_tiles<T, 8>(a, device);
@@ -695,5 +689,9 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
                             : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
                                                       : launch_items<__nv_bfloat16>(a, device);
-  return launched(error, "decode", message);
+  status = launched(error, "decode", message);
+  if (status || !plan.pipeline) return status;
+  const unsigned groups = static_cast<unsigned>(g.B) * static_cast<unsigned>(g.Hkv);
+  return launched(lola_cuda_launch_chained(decode_merge_kernel, groups, THREADS, 0, stream, g, plan, units_of(places)),
+                  "decode_merge", message);
 }
