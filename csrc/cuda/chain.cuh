@@ -12,8 +12,8 @@
  * queries, which runs beside it, and so does the main kernel: decode_rows.cuh has the signals that they wait for. In a
  * small step, which has no such kernel, the update lets the next one start before it awaits the last step, so that this
  * one asks for what it can meanwhile. An update looks for something to do before it awaits the last step: it relies on
- * all that counts tokens having ended before it starts, but one step. So a commit with which a call ends lets the next
- * kernel start last of all.
+ * all that counts tokens having ended before it starts, but one step. So a commit with which a call ends does not let
+ * the next kernel start before.
  *
  * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets
  * the next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that

@@ -139,11 +139,12 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
     const int64_t chunk = (span.position + span.tokens - 1) / g.C;
     g.tokens_seen[row] = span.position + span.tokens;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
+    __threadfence(); /* seen by whoever starts when the block has ended */
   }
 }
 
 /* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may
- * be an update, which looks at counters before it awaits this one: it starts once they can be seen. */
+ * be an update, which looks at counters before it awaits this one: it starts when all blocks have ended. */
 __global__ void __launch_bounds__(THREADS, 3)
     commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks, int ends) {
   if (!ends) lola_device_start_next();
@@ -154,11 +155,6 @@ __global__ void __launch_bounds__(THREADS, 3)
     commit_sparse(g, span, row, part, sparse_blocks);
   else
     commit_window(g, span, row, part - sparse_blocks, window_blocks);
-  if (ends) {
-    __threadfence();
-    __syncthreads();
-    lola_device_start_next();
-  }
 }
 
 /* Blocks per row for work that keeps so many teams of it busy. */
