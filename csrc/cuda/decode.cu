@@ -669,6 +669,7 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   const scratch_places places = places_in(scratch, g);
   const bool projects = updates && !g.slot_phi;
   if (projects) status = lola_cuda_update(segment, rows, plan.small ? nullptr : places.rows.signals, stream, message);
+  /* What an update can do itself, queries fit: from here on nothing is refused for its size. */
   if (!status && !plan.small) status = launch_queries(g, rows, plan, projects, places, limits, device, stream, message);
   if (!status && updates && !projects) {
     status =

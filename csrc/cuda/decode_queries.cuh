@@ -220,8 +220,7 @@ __device__ __forceinline__ int write_rows(const lola_device_segment &g, const de
   return updated_rows;
 }
 
-/* What the first block does, instead of phi(q). `beside` an update, which has cleared the signals; it has begun then.
- */
+/* What the first block does, instead of phi(q). `beside` an update, which has cleared the signals, it has begun. */
 __device__ __forceinline__ void first_block(const lola_device_segment &g, const decode_plan &plan,
                                             const call_rows &rows, int beside, const decode_rows &known) {
   if (!beside) {

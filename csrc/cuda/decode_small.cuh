@@ -37,7 +37,7 @@ struct small_plan {
   int sets;                       /* per KV head; 0 without a sparse cache */
   int window_tiles, sparse_tiles; /* at most: per KV head, per set */
   int tiles;                      /* of a cluster, at most */
-  int updates;                    /* an update's kernels do */
+  int updates;                    /* rows may begin a chunk: an update's kernels came before */
   int64_t first_update;           /* the first position whose chunk does not begin within W */
   double per_C, per_ring;         /* 1 / C and 1 / R */
   divisor by_rs, by_sparse_tiles;

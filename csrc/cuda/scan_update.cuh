@@ -419,8 +419,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
   if (!signals) lola_device_start_next();
-  /* Where there is nothing to do, all but the last cluster make room at once: the step before has others to wait for.
-   */
+  /* Where there is nothing to do, all clusters but the last make room at once: who awaits it awaits all before. */
   const bool may = may_update(g);
   if (may || group == plan.groups - 1) lola_device_await_previous();
   if (signals) {
