@@ -1180,6 +1180,9 @@ int64_t lay_out_shared(const scan_sizes &sizes, int stage, scan_plan *plan) {
 }
 
 /* How clusters of scan_wgmma.cuh would walk the units; with 0 `groups` where they cannot. */
+/* Of a kernel's shared memory: what its blocks have at a fixed place, and what it takes to align the rest. */
+template <class T> constexpr int fixed_shared = (sizeof(T) + 1023) / 1024 * 1024;
+
 lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limits, wgmma_scan::cluster_plan *plan,
                               lola_message *message) {
   using namespace wgmma_scan;
@@ -1197,23 +1200,20 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   plan->rows = static_cast<int>(rows);
   plan->blocks = static_cast<int>(blocks);
   plan->column_blocks = static_cast<int>(column_blocks);
-  for (int64_t block = column_blocks - 1; block < blocks; block += column_blocks) plan->head_ends |= 1u << block;
-  const int64_t pieces[] = {panels * rows * ROW,
-                            panels * wgmma_scan::HALF_ROWS * ROW,
-                            newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1),
-                            blocks * rows * 4,
-                            table_bytes(rows, newcomers, panels),
-                            static_cast<int64_t>(sizeof(cluster_shared))};
-  int first, *const offsets[] = {&first, &plan->halves, &plan->values, &plan->parts, &plan->tables, &plan->shared};
-  for (int i = 0; i < 6; i++) {
+  const int64_t pieces[] = {panels * rows * ROW, panels * wgmma_scan::HALF_ROWS * ROW,
+                            newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1), blocks * rows * 4,
+                            table_bytes(rows, newcomers, panels)};
+  int first, *const offsets[] = {&first, &plan->halves, &plan->values, &plan->parts, &plan->tables};
+  for (int i = 0; i < 5; i++) {
     *offsets[i] = static_cast<int>(plan->shared_bytes);
     plan->shared_bytes += (pieces[i] + 15) / 16 * 16;
   }
-  if (plan->shared_bytes > limits.shared) return LOLA_OK;
+  const int most = limits.shared - fixed_shared<wgmma_scan::cluster_shared>;
+  if (plan->shared_bytes > most) return LOLA_OK;
   int clusters;
   lola_status status = look_up_occupancy(
       {wgmma_scan::kernel_of(sizes.dtype, plan->panels, false), wgmma_scan::kernel_of(sizes.dtype, plan->panels, true)},
-      limits.device, wgmma_scan::THREADS, plan->blocks, plan->shared_bytes, limits.shared, &clusters, message);
+      limits.device, wgmma_scan::THREADS, plan->blocks, plan->shared_bytes, most, &clusters, message);
   if (status) return status;
   plan->groups = static_cast<int>(clusters < sizes.B * sizes.S ? clusters : sizes.B * sizes.S);
   return LOLA_OK;
@@ -1272,7 +1272,8 @@ lola_status make_update_plan(const lola_device_segment &g, device_limits *limits
   lola_status status = look_up_device(limits, message);
   if (!status) status = make_cluster_plan(sizes, *limits, plan, message);
   if (status) return status;
-  if (!wgmma_scan::update_projects(g, *plan) || plan->shared_bytes + wgmma_scan::POSITION_BYTES > limits->shared)
+  if (!wgmma_scan::update_projects(g, *plan) ||
+      plan->shared_bytes > limits->shared - fixed_shared<wgmma_scan::update_shared>)
     plan->groups = 0;
   return LOLA_OK;
 }
@@ -1284,7 +1285,8 @@ cudaError_t allow_update(const void *kernel, const device_limits &limits) {
     int device;
   } known = {nullptr, -1};
   if (known.kernel == kernel && known.device == limits.device) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           limits.shared - fixed_shared<wgmma_scan::update_shared>);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) known = {kernel, limits.device};
   return error;

@@ -18,9 +18,11 @@
 namespace {
 namespace wgmma_scan {
 
-/* Behind cluster_shared, of the rows in `rows`: the position of the token, and the ring slot of the first pair to
- * leave. */
-constexpr int64_t POSITION_BYTES = ROWS_AT_ONCE * (sizeof(int64_t) + sizeof(int));
+/* And of the rows in `rows`. */
+struct update_shared : cluster_shared {
+  int64_t positions[ROWS_AT_ONCE]; /* of the token */
+  int leaving_slots[ROWS_AT_ONCE]; /* ring slots of the first pair to leave */
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -30,13 +32,6 @@ __device__ __forceinline__ void store_in_cluster(uint32_t address, int rank, con
                "st.shared::cluster.v4.b32 [there], {%2, %3, %4, %5};\n}" ::"r"(address),
                "r"(rank), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
-}
-
-__device__ __forceinline__ int64_t *positions_of(const cluster_plan &plan) {
-  return reinterpret_cast<int64_t *>(wgmma_memory + plan.shared + sizeof(cluster_shared));
-}
-__device__ __forceinline__ int *leaving_slots_of(const cluster_plan &plan) {
-  return reinterpret_cast<int *>(positions_of(plan) + ROWS_AT_ONCE);
 }
 
 /* Position of the row's token where pairs leave the window with it, else -1. */
@@ -411,7 +406,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
                         const __grid_constant__ call_rows rows, decode_signals *signals) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  cluster_shared &shared = shared_of(plan);
+  __shared__ update_shared shared;
   const tables t = tables_of(plan);
   const int group = blockIdx.x / plan.blocks;
   block_place block;
@@ -449,8 +444,8 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     }
     if (position >= 0) {
       shared.rows[at] = row;
-      positions_of(plan)[at] = position;
-      leaving_slots_of(plan)[at] =
+      shared.positions[at] = position;
+      shared.leaving_slots[at] =
           static_cast<int>(lola_device_ring_slot(lola_device_leaving_first(g, position / g.C), g.R));
     }
     __syncthreads();
@@ -461,8 +456,8 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
       begun = true;
       const auto due_at = [&](int index) {
         const int place = index / g.S;
-        return due_update{shared.rows[place], index - place * g.S, leaving_slots_of(plan)[place],
-                          positions_of(plan)[place]};
+        return due_update{shared.rows[place], index - place * g.S, shared.leaving_slots[place],
+                          shared.positions[place]};
       };
       const int after = unit + plan.groups;
       update_unit<T>(g, plan, block, shared, t, &turns, due_at(unit), [&](auto call) {
@@ -492,8 +487,7 @@ inline cudaError_t launch_update(const lola_device_segment &g, const cluster_pla
                                  decode_signals *signals, cudaStream_t stream) {
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
                        const_cast<call_rows *>(&rows), &signals};
-  return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes + POSITION_BYTES, stream,
-                         arguments);
+  return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes, stream, arguments);
 }
 
 } // namespace wgmma_scan

@@ -4,8 +4,9 @@
  *
  * Rows of phi are the L slots and then the C pairs that leave next ("newcomers"), in tiles of 64. Three warpgroups walk
  * the chunks:
- *   score   phi times the high and then the low halves of [H, s], 72 columns of wgmma, tiles in turn; values come from
- *           global memory (L2) meanwhile. Each block sends its part of every pair's error to all blocks of the cluster.
+ *   score   phi times the high half of H, with both halves of s beside it, 72 columns of wgmma, and times the low
+ *           half, 64 columns more; tiles in turn; values come from global memory (L2) meanwhile. Each block sends its
+ *           part of every pair's error to all blocks of the cluster.
  *   select  every block adds the parts, column blocks in order, then heads, and finds the cut by itself
  *   swap    a newcomer that stays trades rows with the pair that was dropped from its slot, so that the newcomers' rows
  *           then hold just the pairs to be folded
@@ -32,25 +33,24 @@ constexpr int WALKERS = 384, WARPS = WALKERS / 32, HELPERS = 128, THREADS = WALK
 constexpr int COLUMNS = 64; /* of H, to a block */
 constexpr int TILE = 64;    /* rows */
 constexpr int ROW = 128;    /* bytes of a row in a panel */
-constexpr int RIGHT_ROWS = COLUMNS + 8,
-              NORMALIZER_ROW = COLUMNS;   /* of a right-hand matrix: H, then s by turns with zeros */
-constexpr int HALF_ROWS = 2 * RIGHT_ROWS; /* the high one and then the low one */
-constexpr int PRODUCTS = RIGHT_ROWS / 8;
+/* Rows of the right-hand matrices, one after the other: H's high half, s (its high and its low half by turns), and H's
+ * low half. */
+constexpr int NORMALIZER_ROW = COLUMNS, LOW_ROW = COLUMNS + 8, HALF_ROWS = LOW_ROW + COLUMNS;
+constexpr int PRODUCTS = LOW_ROW / 8;
 constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
 constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
-constexpr int BINS = 64;          /* of keys: two to a lane */
+constexpr int BINS = 128;         /* of keys: four to a lane */
 constexpr int BLOCKS_MOST = 16;
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
 /* What is the same on every call for one cache and device, so that the order of sums is too. */
 struct cluster_plan {
-  int panels;                                /* of phi */
-  int slots, newcomers, rows;                /* whole tiles, and both together */
-  int blocks, column_blocks;                 /* of a cluster */
-  unsigned head_ends;                        /* a bit for each block that is its head's last */
-  int groups;                                /* clusters */
-  int vector_recalled;                       /* 16-byte stores are possible */
-  int halves, values, parts, tables, shared; /* offsets into shared memory; phi comes first */
+  int panels;                        /* of phi */
+  int slots, newcomers, rows;        /* whole tiles, and both together */
+  int blocks, column_blocks;         /* of a cluster */
+  int groups;                        /* clusters */
+  int vector_recalled;               /* 16-byte stores are possible */
+  int halves, values, parts, tables; /* offsets into shared memory; phi comes first */
   int64_t shared_bytes;
 };
 
@@ -69,16 +69,17 @@ __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, 
   return rows * (8 + 4 + 4) + panels * 64 * 4 + newcomers * 4;
 }
 
+/* Apart from the rest, at a place that is known when compiled: it takes no register to find. */
 struct cluster_shared {
   uint64_t full, read; /* barriers: parts are there, and were read by the cluster's warps */
   uint64_t newcomers;  /* the helpers have put them in place */
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
-  unsigned dropped[ROWS_MOST / 32];        /* a bit for each row */
-  __align__(8) unsigned bins[3][BINS + 2]; /* keys in each bin, and before all bins; three take turns */
-  unsigned cut;                            /* where the last cut between keys was */
-  int shift;                               /* how wide a bin, base 2, is likely to find the next */
+  unsigned dropped[ROWS_MOST / 32];         /* a bit for each row */
+  __align__(16) unsigned bins[3][BINS + 4]; /* keys in each bin, and before all bins; three take turns */
+  unsigned cut;                             /* where the last cut between keys was */
+  int shift;                                /* how wide a bin, base 2, is likely to find the next */
 };
 
 template <typename Element, int FEATURE_PANELS, bool VECTOR_ROWS> struct wgmma_kind {
@@ -118,14 +119,13 @@ __device__ __forceinline__ int own_thread() { return static_cast<int>(lola_threa
 
 __device__ __forceinline__ int own_warpgroup() { return uniform(own_thread() / 128); }
 
-/* Stores into the shared memory of the cluster's block `rank`, if there is one, at this block's address, and counts the
- * bytes at a barrier there. The store is on its way when this returns; who waits for the barrier sees it. */
-__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, int rank, int blocks, float x) {
+/* Stores into the shared memory of the cluster's block `rank`, at this block's address, and counts the bytes at a
+ * barrier there. The store is on its way when this returns; who waits for the barrier sees it. */
+__device__ __forceinline__ void send(uint32_t address, uint32_t barrier, int rank, float x) {
   asm volatile(
-      "{\n.reg .b32 there, full;\n.reg .pred is;\nsetp.lt.s32 is, %2, %4;\n"
-      "@is mapa.shared::cluster.u32 there, %0, %2;\n@is mapa.shared::cluster.u32 full, %1, %2;\n"
-      "@is st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [full];\n}" ::"r"(address),
-      "r"(barrier), "r"(rank), "f"(x), "r"(blocks)
+      "{\n.reg .b32 there, full;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 full, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [full];\n}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(x)
       : "memory");
 }
 
@@ -155,17 +155,24 @@ __device__ __forceinline__ void tell_cluster(uint32_t barrier, int blocks) {
 
 #define LOLA_ROW_4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define LOLA_ROW_16(c, i) LOLA_ROW_4(c, i), LOLA_ROW_4(c, i + 1), LOLA_ROW_4(c, i + 2), LOLA_ROW_4(c, i + 3)
-#define LOLA_REGISTERS_36                                                                                              \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "    \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, "
-#define LOLA_OPERANDS_36(c) LOLA_ROW_16(c, 0), LOLA_ROW_16(c, 4), LOLA_ROW_4(c, 8)
+#define LOLA_REGISTERS_32                                                                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "     \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define LOLA_OPERANDS_32(c) LOLA_ROW_16(c, 0), LOLA_ROW_16(c, 4)
 
-/* C (64 x 72) = or += A (64 x 16) B (16 x 72), bfloat16; panels of A and B run along the sum. */
+/* C (64 x 72) = or += A (64 x 16) B (16 x 72), bfloat16, where to the first 64 columns of B those of a second matrix
+ * are added, which lies LOW_ROW rows behind it; panels of A and B run along the sum. */
 __device__ __forceinline__ void multiply_rows(float (&c)[PRODUCTS][4], uint32_t a, uint32_t b, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " LOLA_REGISTERS_36 "%36, %37, p, 1, 1, 0, 0;\n}"
-               : LOLA_OPERANDS_36(c)
+               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" LOLA_REGISTERS_32 ", %32, %33, %34, %35}, "
+               "%36, %37, p, 1, 1, 0, 0;\n}"
+               : LOLA_OPERANDS_32(c), LOLA_ROW_4(c, 8)
                : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)), "r"(accumulate)
+               : "memory");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LOLA_REGISTERS_32 "}, "
+               "%32, %33, 1, 1, 1, 0, 0;"
+               : LOLA_OPERANDS_32(c)
+               : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b + LOW_ROW * (ROW / 16)))
                : "memory");
 }
 
@@ -173,10 +180,15 @@ __device__ __forceinline__ void multiply_rows(float (&c)[PRODUCTS][4], uint32_t 
 __device__ __forceinline__ void multiply_queries(float (&c)[PRODUCTS][4], const unsigned (&a)[4], uint32_t b,
                                                  int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " LOLA_REGISTERS_36
+               "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" LOLA_REGISTERS_32 ", %32, %33, %34, %35}, "
                "{%36, %37, %38, %39}, %40, p, 1, 1, 0;\n}"
-               : LOLA_OPERANDS_36(c)
+               : LOLA_OPERANDS_32(c), LOLA_ROW_4(c, 8)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(accumulate)
+               : "memory");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LOLA_REGISTERS_32 "}, "
+               "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+               : LOLA_OPERANDS_32(c)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b + LOW_ROW * (ROW / 16)))
                : "memory");
 }
 
@@ -184,15 +196,14 @@ __device__ __forceinline__ void multiply_queries(float (&c)[PRODUCTS][4], const 
 __device__ __forceinline__ void multiply_fold(float (&c)[8][4], uint32_t a, uint32_t b, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 1, 1;\n}"
-               : LOLA_ROW_16(c, 0), LOLA_ROW_16(c, 4)
+               "{" LOLA_REGISTERS_32 "}, %32, %33, p, 1, 1, 1, 1;\n}"
+               : LOLA_OPERANDS_32(c)
                : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)), "r"(accumulate)
                : "memory");
 }
 
-#undef LOLA_OPERANDS_36
-#undef LOLA_REGISTERS_36
+#undef LOLA_OPERANDS_32
+#undef LOLA_REGISTERS_32
 #undef LOLA_ROW_16
 #undef LOLA_ROW_4
 
@@ -222,10 +233,6 @@ __device__ __forceinline__ tables tables_of(const cluster_plan &plan) {
   t.drop = reinterpret_cast<uint16_t *>(t.normalizer + 64 * plan.panels);
   t.kept = t.drop + plan.newcomers;
   return t;
-}
-
-__device__ __forceinline__ cluster_shared &shared_of(const cluster_plan &plan) {
-  return *reinterpret_cast<cluster_shared *>(wgmma_memory + plan.shared);
 }
 
 __device__ __forceinline__ uint4 &piece_at(int offset) { return *reinterpret_cast<uint4 *>(wgmma_memory + offset); }
@@ -405,7 +412,7 @@ __device__ __forceinline__ void store_halves(const cluster_plan &plan, const hid
 #pragma unroll
     for (int m = 0; m < 4; m++) lola_split_pair(h[i + m / 2][m % 2 * 2], h[i + m / 2][m % 2 * 2 + 1], &hi[m], &lo[m]);
     store_transposed(shared_address(wgmma_memory + half_at(plan, 8 * i + row, piece)), hi);
-    store_transposed(shared_address(wgmma_memory + half_at(plan, RIGHT_ROWS + 8 * i + row, piece)), lo);
+    store_transposed(shared_address(wgmma_memory + half_at(plan, LOW_ROW + 8 * i + row, piece)), lo);
   }
 }
 
@@ -415,9 +422,9 @@ __device__ __forceinline__ void store_normalizer(const cluster_plan &plan, int i
   unsigned hi, lo;
   lola_split_pair(x, y, &hi, &lo);
 #pragma unroll
-  for (int n = NORMALIZER_ROW; n < RIGHT_ROWS; n += 2) {
+  for (int n = NORMALIZER_ROW; n < LOW_ROW; n += 2) {
     word_at(half_at(plan, n, i / 4) + i % 4 * 4) = hi;
-    word_at(half_at(plan, RIGHT_ROWS + n, i / 4) + i % 4 * 4) = lo;
+    word_at(half_at(plan, n + 1, i / 4) + i % 4 * 4) = lo;
   }
 }
 
@@ -515,16 +522,13 @@ __device__ __forceinline__ void multiply_state(const cluster_plan &plan, float (
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4 * T::panels; step++)
-#pragma unroll
-    for (int low = 0; low < 2; low++)
-      multiply(step, halves + step / 4 * HALF_ROWS * (ROW / 16) + low * RIGHT_ROWS * (ROW / 16) + step % 4 * 2,
-               step > 0 || low);
+    multiply(step, halves + step / 4 * HALF_ROWS * (ROW / 16) + step % 4 * 2, step > 0);
   wgmma_commit();
 }
 
 /* phi^T s of the row whose products are in `acc`. */
 __device__ __forceinline__ float normalizer_of(const float (&acc)[PRODUCTS][4], int half) {
-  return acc[PRODUCTS - 1][2 * half];
+  return acc[PRODUCTS - 1][2 * half] + acc[PRODUCTS - 1][2 * half + 1];
 }
 
 /* Of a thread's two rows of a tile, 16 columns each. */
@@ -576,7 +580,7 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
                                             uint32_t newcomers, unsigned parity) {
   constexpr int TURN = WALKERS / 128;
   const int slot_tiles = uniform((count + TILE - 1) / TILE), tiles = slot_tiles + plan.newcomers / TILE;
-  const int columns = g.Dv - block.column_block * COLUMNS, c = own_thread() % 4, own_row = tile_row(0);
+  const int columns = g.Dv - block.column_block * COLUMNS, own_row = tile_row(0);
   const int apart = plan.slots - slot_tiles * TILE; /* rows between the slots in use and the newcomers */
   const auto first_row = [&](int tile) { return tile * TILE + (tile < slot_tiles ? 0 : apart); };
   const auto meet_newcomers = [&](int tile) {
@@ -618,6 +622,7 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
       find_values(t, first_row(tile + TURN) + own_row, &values);
       ask_values<T>(columns, &values);
     }
+    const int c = own_thread() % 4;
     /* Over the quad; lanes 0 and 2 then have the one row, 1 and 3 the other. */
     float sum = (c % 2 ? part[1] : part[0]) + __shfl_xor_sync(ALL, c % 2 ? part[0] : part[1], 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
@@ -625,10 +630,13 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
       if (c < 2) word_at(plan.parts + (first + own_row + 8 * c) * 4) = __float_as_uint(sum);
       continue;
     }
+    if (plan.blocks % 2 == 0) { /* the one lane sends to every other block, the other one to the rest */
+#pragma unroll 4
+      for (int rank = 0; rank < plan.blocks; rank += 2) send(at + c % 2 * 32, full, rank + c / 2, sum);
+    } else if (c < 2) {
 #pragma unroll 1
-    for (int rank = 0; rank < plan.blocks; rank += 8)
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) send(at + c % 2 * 32, full, rank + i + c / 2, plan.blocks, sum);
+      for (int rank = 0; rank < plan.blocks; rank++) send(at + c * 32, full, rank, sum);
+    }
   }
 }
 
@@ -678,28 +686,38 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
     });
     wgmma_wait<0>();
     pin(acc);
+    /* Two lanes write the eight columns of the one and then those of the other: whole sectors, 16 bytes to a lane. */
+    const int odd = c % 2, column = block.column_block * COLUMNS + column_of(0, c) - 4 * odd;
+    if (plan.vector_recalled) {
+#pragma unroll
+      for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float other = __shfl_xor_sync(ALL, odd ? acc[i][e] : acc[i + 2][e], 1);
+          if (odd)
+            acc[i][e] = other;
+          else
+            acc[i + 2][e] = other;
+        }
+    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const float z = normalizer_of(acc, half);
       if (own + 8 * half >= end) continue;
       const int64_t index = (static_cast<int64_t>(unit.span.token) + own + 8 * half) * g.Hq + unit.head;
+      float *row = g.recalled + index * g.Dv;
 #pragma unroll
-      for (int q = 0; q < 2; q++) {
-        const int column = block.column_block * COLUMNS + column_of(q, c);
-        float *to = g.recalled + index * g.Dv + column;
-        float x[8];
+      for (int i = 0; i < 8; i += 2) {
+        const float x[4] = {acc[i][2 * half], acc[i][2 * half + 1], acc[i + 1][2 * half], acc[i + 1][2 * half + 1]};
+        if (plan.vector_recalled) {
+          const int at = column + i / 4 * 32 + i % 4 * 4;
+          if (at < g.Dv) *reinterpret_cast<float4 *>(row + at) = make_float4(x[0], x[1], x[2], x[3]);
+        } else {
+          const int at = column + 4 * odd + i / 4 * 32 + i % 4 * 2;
 #pragma unroll
-        for (int e = 0; e < 8; e++) x[e] = acc[4 * q + e / 2][2 * half + e % 2];
-#pragma unroll
-        for (int e = 0; e < 8; e += 4)
-          if (plan.vector_recalled) {
-            if (column + e < g.Dv)
-              *reinterpret_cast<float4 *>(to + e) = make_float4(x[e], x[e + 1], x[e + 2], x[e + 3]);
-          } else {
-#pragma unroll
-            for (int i = e; i < e + 4; i++)
-              if (column + i < g.Dv) to[i] = x[i];
-          }
+          for (int e = 0; e < 4; e++)
+            if (at + e < g.Dv) row[at + e] = x[e];
+        }
       }
       if (!block.column_block && c == 0) g.z[index] = z;
     }
@@ -716,10 +734,6 @@ __device__ __forceinline__ void recall_nothing(const lola_device_segment &g, con
 
 /* --- select ------------------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ bool is_pair(const lola_device_segment &g, const cluster_plan &plan, int count, int row) {
-  return row < plan.slots ? row < count : row - plan.slots < g.C;
-}
-
 __device__ __forceinline__ int64_t position_of(const lola_device_segment &g, const scan_unit &unit, const tables &t,
                                                int row) {
   const int code = t.code[row];
@@ -730,41 +744,42 @@ __device__ __forceinline__ int64_t position_of(const lola_device_segment &g, con
 /* A walker's rows: own_thread() and every WALKERS-th from there. */
 constexpr int OWN_ROWS = (ROWS_MOST + WALKERS - 1) / WALKERS;
 
-/* Adds the parts of the cluster's blocks, column blocks in order, then heads in order, for the thread's rows; as keys:
- * scores are sums of squares, so that their bits order as they do. */
+/* The sum of a row's parts, column blocks in order, then heads in order. */
+template <int COLUMN_BLOCKS> __device__ __forceinline__ float sum_row(const cluster_plan &plan, const float *part) {
+  const int pitch = plan.rows;
+  float total = 0;
+#pragma unroll(COLUMN_BLOCKS < 3 ? 4 : 1)
+  for (int left = plan.blocks; left > 0; left -= COLUMN_BLOCKS) {
+    float head = part[0];
+#pragma unroll
+    for (int i = 1; i < COLUMN_BLOCKS; i++) head += part[i * pitch];
+    total += head;
+    part += COLUMN_BLOCKS * pitch;
+  }
+  return total;
+}
+
+/* Adds the parts of the cluster's blocks for the thread's rows; as keys: scores are sums of squares, so that their bits
+ * order as they do. */
 __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cluster_plan &plan, const tables &t,
                                           int count, unsigned (&key)[OWN_ROWS]) {
-  constexpr int AHEAD = 4;
   const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts);
-  const int thread = own_thread();
-  float total[OWN_ROWS] = {}, head[OWN_ROWS] = {};
-#pragma unroll 1
-  for (int at = 0; at < plan.blocks; at += AHEAD) {
-    float part[AHEAD][OWN_ROWS];
+  const int C = static_cast<int>(g.C);
 #pragma unroll
-    for (int e = 0; e < AHEAD; e++)
-#pragma unroll
-      for (int i = 0; i < OWN_ROWS; i++) {
-        const int row = thread + i * WALKERS;
-        part[e][i] = row < plan.rows && at + e < plan.blocks ? parts[(at + e) * plan.rows + row] : 0;
-      }
-#pragma unroll
-    for (int e = 0; e < AHEAD; e++) {
-      const bool ends = plan.head_ends >> (at + e) & 1;
-#pragma unroll
-      for (int i = 0; i < OWN_ROWS; i++) {
-        head[i] += part[e][i];
-        total[i] = ends ? total[i] + head[i] : total[i];
-        head[i] = ends ? 0 : head[i];
-      }
-    }
-  }
+  for (int i = 0; i < OWN_ROWS; i++) key[i] = UNUSED;
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
-    const int row = thread + i * WALKERS;
-    key[i] = total[i] == total[i] ? __float_as_uint(total[i]) : HIGHEST;
-    if (row >= plan.rows || !is_pair(g, plan, count, row)) key[i] = UNUSED;
-    if (row < plan.rows) t.score[row] = __uint_as_float(key[i]);
+    if (i * WALKERS >= plan.rows) break;
+    const int row = own_thread() + i * WALKERS;
+    const float *part = parts + min(row, plan.rows - 1);
+    const float total = plan.column_blocks == 1   ? sum_row<1>(plan, part)
+                        : plan.column_blocks == 2 ? sum_row<2>(plan, part)
+                        : plan.column_blocks == 3 ? sum_row<3>(plan, part)
+                                                  : sum_row<4>(plan, part);
+    if (row >= plan.rows) continue;
+    if (row < plan.slots ? row < count : row - plan.slots < C)
+      key[i] = total == total ? __float_as_uint(total) : HIGHEST;
+    t.score[row] = __uint_as_float(key[i]);
   }
 }
 
@@ -777,8 +792,9 @@ struct row_keys {
  * each knows its rows' positions, and they search for the first one to drop together, counting at `zeros`. Rarely
  * called, so that no register is kept for it elsewhere. */
 __device__ __noinline__ unsigned find_latest(const lola_device_segment &g, const cluster_plan &plan,
-                                             const scan_unit &unit, const tables &t, unsigned tied, int ties,
-                                             row_keys key, unsigned *zeros) {
+                                             const scan_unit &unit, unsigned tied, int ties, row_keys key,
+                                             unsigned *zeros) {
+  const tables t = tables_of(plan); /* taken from the caller they would be in memory, and not known to be shared */
   int64_t position[OWN_ROWS];
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
@@ -835,9 +851,12 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     /* Who still reads bins, reads those of the last turn. */
     if (own_thread() <= BINS) zeros[own_thread()] = 0;
     walkers_sync();
-    const uint2 own = *reinterpret_cast<const uint2 *>(&bins[2 * lane]);
-    const int start = static_cast<int>(bins[BINS]), both = static_cast<int>(own.x + own.y);
-    int reach = both;
+    const uint4 own = *reinterpret_cast<const uint4 *>(&bins[4 * lane]);
+    const int start = static_cast<int>(bins[BINS]);
+    const int counts[4] = {static_cast<int>(own.x), static_cast<int>(own.y), static_cast<int>(own.z),
+                           static_cast<int>(own.w)};
+    const int all = counts[0] + counts[1] + (counts[2] + counts[3]);
+    int reach = all;
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) {
       const int other = __shfl_up_sync(ALL, reach, i);
@@ -847,11 +866,16 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     const unsigned owners = __ballot_sync(ALL, reach >= drops);
     const bool within = start < drops && owners;
     if (within) {
-      const bool second = reach - static_cast<int>(own.y) < drops;
-      const int owner = __ffs(static_cast<int>(owners)) - 1, bin = 2 * lane + second;
-      below = __shfl_sync(ALL, second ? reach - static_cast<int>(own.y) : reach - both, owner);
-      until = __shfl_sync(ALL, second ? reach : reach - static_cast<int>(own.y), owner);
-      low = base + (static_cast<unsigned>(__shfl_sync(ALL, bin, owner)) << shift);
+      /* The first of the lane's bins with which there are `drops` keys. */
+      int bin = 0, end = reach - all + counts[0], begin = reach - all;
+#pragma unroll
+      for (int i = 1; i < 4; i++) {
+        if (end < drops) bin = i, begin = end, end += counts[i];
+      }
+      const int owner = __ffs(static_cast<int>(owners)) - 1;
+      below = __shfl_sync(ALL, begin, owner);
+      until = __shfl_sync(ALL, end, owner);
+      low = base + (static_cast<unsigned>(__shfl_sync(ALL, 4 * lane + bin, owner)) << shift);
       high = min(high, low + (1u << shift));
     } else if (start < drops) {
       below = __shfl_sync(ALL, reach, 31);
@@ -864,13 +888,13 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     if (turn == 0 && !found) likely = within ? max(0, shift - 1) : min(WIDEST, shift + 1);
     if (found) break;
     base = low;
-    shift = max(0, 26 - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
+    shift = max(0, 25 - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
   }
   unsigned latest = 0; /* of too many that have the key `low` */
   row_keys own_keys;
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) own_keys.own[i] = key[i];
-  if (until != drops) latest = find_latest(g, plan, shared.unit, t, low, drops - below, own_keys, zeros);
+  if (until != drops) latest = find_latest(g, plan, shared.unit, low, drops - below, own_keys, zeros);
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
     const int word = i * WARPS + warp;
@@ -885,21 +909,14 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     shared.cut = high;
     shared.shift = likely;
   }
-  const unsigned own = 32 * lane < plan.rows ? shared.dropped[lane] : 0;
-  int before = __popc(own);
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const int below_it = __shfl_up_sync(ALL, before, i);
-    if (lane >= i) before += below_it;
-  }
-  before -= __popc(own); /* dropped before the word */
-  const int freed = __shfl_sync(ALL, before, plan.slots / 32);
+  const int mine = 32 * lane < plan.rows ? __popc(shared.dropped[lane]) : 0;
+  const int freed = __reduce_add_sync(ALL, 32 * lane < plan.slots ? mine : 0);
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
     const int word = i * WARPS + warp, row = 32 * word + lane;
     if (32 * word >= plan.rows) break;
-    const unsigned bits = __shfl_sync(ALL, own, word);
-    const int rank = __shfl_sync(ALL, before, word) + __popc(bits & ((1u << lane) - 1));
+    const unsigned bits = shared.dropped[word];
+    const int rank = __reduce_add_sync(ALL, lane < word ? mine : 0) + __popc(bits & ((1u << lane) - 1));
     const bool dropped = bits >> lane & 1;
     if (row < plan.slots) {
       if (dropped) t.drop[rank] = static_cast<uint16_t>(row);
@@ -1234,7 +1251,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
                       int record) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if (!record) lola_device_start_next();
-  cluster_shared &shared = shared_of(plan);
+  __shared__ cluster_shared shared;
   const tables t = tables_of(plan);
   const int group = blockIdx.x / plan.blocks;
   if (g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for who comes next */

@@ -51,10 +51,8 @@ LOCAL = {
     r"attend_mma_kernel<.*, 128, 1, 64, 3>": (32, 4),
     r"attend_mma_kernel<.*, 128, 2, 64, 2>": (64, 14),
     # Around the call that breaks ties, and once a chunk.
-    r"wgmma_scan::scan_wgmma_kernel<.*>": (72, 0),
-    # The same; of float16, whose keys are two halves, a little more.
-    r"wgmma_scan::update_wgmma_kernel<.*<fp16, 2, .*>>": (64, 0),
-    r"wgmma_scan::update_wgmma_kernel<.*>": (48, 0),
+    r"wgmma_scan::scan_wgmma_kernel<.*>": (16, 0),
+    r"wgmma_scan::update_wgmma_kernel<.*>": (16, 0),
     # For pairs that do not fit in shared memory.
     r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
     r"scan_kernel<cache_kind<(bf16|fp16), true>>": (88, 0),
