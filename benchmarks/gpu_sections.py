@@ -386,7 +386,7 @@ def crossover(ratios: dict[int, float]) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- phases
 
-_APART = 4096        # tokens of a call whose phases come one after the other: in longer ones they run beside each other
+_APART = 2048        # tokens of a call whose phases come one after the other: in longer ones they run beside each other
 
 
 def phases(backend, report: Report, plan: Plan):

@@ -15,16 +15,33 @@ namespace {
 constexpr int THREADS = 256;
 /* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
 constexpr int64_t SEGMENT_TOKENS = 8192;
+/* Of a call from which on segments that overlap save more time than it takes to go from one to the next. */
+constexpr int64_t OVERLAPPING_TOKENS = 3072;
 
 /* --- the plan ---------------------------------------------------------------------------------------------------- */
 
-/* The spans of all segments, of `count` offsets each. Launched the ordinary way: it waits for all that is before it. */
+/* How a call is cut into segments: the first has offsets 0 .. first - 1 of it, those behind `count` each, the last what
+ * is left. */
+struct call_cuts {
+  int64_t tokens, first, count, segments;
+};
+
+__host__ __device__ int64_t segment_begin(const call_cuts &cuts, int64_t i) {
+  return i ? cuts.first + (i - 1) * cuts.count : 0;
+}
+
+__host__ __device__ int64_t segment_length(const call_cuts &cuts, int64_t i) {
+  const int64_t most = i ? cuts.count : cuts.first, left = cuts.tokens - segment_begin(cuts, i);
+  return left < most ? left : most;
+}
+
+/* The spans of all segments. Launched the ordinary way: it waits for all that is before it. */
 __global__ void plan_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                            int64_t count, int64_t segments) {
+                            const __grid_constant__ call_cuts cuts) {
   lola_device_start_next();
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, first = index / g.B * count;
-  if (index < segments * g.B)
-    g.spans[index] = span_of(g, rows, static_cast<int>(index % g.B), first, min(count, rows.tokens - first));
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, i = index / g.B;
+  if (i < cuts.segments)
+    g.spans[index] = span_of(g, rows, static_cast<int>(index % g.B), segment_begin(cuts, i), segment_length(cuts, i));
 }
 
 /* Outputs of tokens that enter no row are zero. One thread per (batch row, token, head). */
@@ -181,31 +198,40 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
   return status;
 }
 
-/* How a call is cut into segments. */
 struct prefill_plan {
-  int64_t tokens, batch, count, segments; /* offsets of the call, rows of its arrays; offsets of a segment, segments */
-  bool packed, overlaps;                  /* phases of neighbouring segments run beside each other */
+  call_cuts cuts;
+  int64_t batch;         /* rows of the call's arrays */
+  bool packed, overlaps; /* phases of neighbouring segments run beside each other */
 };
 
 prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
-  prefill_plan plan = {rows.tokens, g.B, 0, 0, rows.cu_seqlens.data != nullptr, false};
+  prefill_plan plan = {{rows.tokens, 0, 0, 0}, g.B, rows.cu_seqlens.data != nullptr, false};
   if (plan.packed) plan.batch = 1;
-  plan.overlaps = lola_cuda_scan_leaves_room(&g);
   int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
   /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
   int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
   if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
-  plan.count = longest;
-  if (plan.overlaps) {
-    /* Segments of one length but the last, which is half as long: nothing runs beside its attend. In whole chunks,
-     * where these fit. */
-    const int64_t halves = 2 * ((rows.tokens + longest / 2 - 1) / longest) + 1;
-    plan.count = (2 * rows.tokens + halves * g.C - 1) / (halves * g.C) * g.C;
-    if (plan.count > longest) plan.count = longest;
+  call_cuts &cuts = plan.cuts;
+  cuts.first = cuts.count = longest;
+  if (cuts.tokens * plan.batch >= OVERLAPPING_TOKENS && lola_cuda_scan_leaves_room(&g)) {
+    /* Segments of one length but the first, a quarter of it, and the last, some two fifths: nothing runs beside the
+     * one's features, nor beside the other's attend. In whole chunks, where these fit. */
+    int64_t middle = (20 * cuts.tokens - 13 * longest + 20 * longest - 1) / (20 * longest);
+    if (middle < 1) middle = 1;
+    const int64_t parts = 20 * middle + 13;
+    cuts.count = (20 * cuts.tokens + parts * g.C - 1) / (parts * g.C) * g.C;
+    if (cuts.count > longest) cuts.count = longest;
+    cuts.first = (cuts.count / 4 + g.C - 1) / g.C * g.C;
+    if (cuts.first > cuts.count) cuts.first = cuts.count;
+    plan.overlaps = true;
   }
-  if (plan.count > rows.tokens) plan.count = rows.tokens;
-  plan.segments = (rows.tokens + plan.count - 1) / plan.count;
-  plan.overlaps &= plan.segments > 1;
+  if (cuts.first >= cuts.tokens) {
+    cuts.first = cuts.count = cuts.tokens;
+    cuts.segments = 1;
+    plan.overlaps = false;
+  } else {
+    cuts.segments = 1 + (cuts.tokens - cuts.first + cuts.count - 1) / cuts.count;
+  }
   return plan;
 }
 
@@ -222,8 +248,8 @@ int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &com
   pieces from = {memory};
   lola_device_segment &even = turns[0], &odd = turns[1];
   even = common;
-  size_segment(plan, plan.count, &even);
-  from.take(even.spans, plan.segments * even.B * static_cast<int64_t>(sizeof(lola_device_span)));
+  size_segment(plan, plan.cuts.count, &even);
+  from.take(even.spans, plan.cuts.segments * even.B * static_cast<int64_t>(sizeof(lola_device_span)));
   take_phi(&from, &even);
   odd = even;
   take_records(&from, &even);
@@ -250,6 +276,7 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
                     lola_message *message) {
   cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
   const prefill_plan plan = plan_prefill(common, rows);
+  const call_cuts &cuts = plan.cuts;
   lola_device_segment turns[2];
   void *scratch;
   lola_status status =
@@ -258,17 +285,16 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
   lay_out_prefill(plan, common, static_cast<char *>(scratch), turns);
   const auto segment_at = [&](int64_t i) {
     lola_device_segment g = turns[i % 2];
-    const int64_t left = plan.tokens - i * plan.count;
-    size_segment(plan, left < plan.count ? left : plan.count, &g);
+    size_segment(plan, segment_length(cuts, i), &g);
     g.spans += i * g.B;
-    if (i + 1 == plan.segments) g.next = common.next; /* the cache's */
+    if (i + 1 == cuts.segments) g.next = common.next; /* the cache's */
     return g;
   };
-  plan_kernel<<<blocks_for(plan.segments * common.B), THREADS, 0, stream>>>(turns[0], rows, plan.count, plan.segments);
+  plan_kernel<<<blocks_for(cuts.segments * common.B), THREADS, 0, stream>>>(turns[0], rows, cuts);
   status = lola_cuda_launched("plan", message);
-  for (int64_t i = 0; i < plan.segments && !status; i++) {
+  for (int64_t i = 0; i < cuts.segments && !status; i++) {
     const lola_device_segment g = segment_at(i);
-    const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == plan.segments;
+    const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == cuts.segments;
     const int parts = LOLA_FEATURES_OF_CACHE | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
     status = lola_cuda_segment_features(&g, parts, 0, nullptr, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
@@ -281,7 +307,7 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
       status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, nullptr, stream, message);
     }
     if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
-    if (!status) status = lola_cuda_commit(&g, i + 1 == plan.segments, stream, message);
+    if (!status) status = lola_cuda_commit(&g, i + 1 == cuts.segments, stream, message);
   }
   lola_cuda_release(call->device, scratch, call->stream);
   return status;
