@@ -123,13 +123,8 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
               static_cast<char *>(g.next.window_values) + at * value_bytes,
               lola_device_value(g, span, row, kv_head * sets, code), value_bytes);
     if (t < 0) continue;
-    for (int s = member; g.scores.data && s < sets; s += TEAM) {
-      const int64_t set = static_cast<int64_t>(kv_head) * sets + s;
-      float sum = 0;
-      for (int64_t h = set * g.rs; h < (set + 1) * g.rs; h++)
-        sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, span.batch, span.first + t, h));
-      g.window_given[(static_cast<int64_t>(row) * g.S + set) * g.R + slot] = sum;
-    }
+    for (int s = member; g.scores.data && s < sets; s += TEAM)
+      lola_device_keep_given(g, row, kv_head * sets + s, slot, span.batch, span.first + t);
     for (int h = kv_head * g.r; g.stores_features && h < (kv_head + 1) * g.r; h++)
       copy_features(static_cast<char *>(g.window_features) +
                         ((static_cast<int64_t>(row) * g.Hq + h) * g.R + slot) * g.F * lola_device_item(type),

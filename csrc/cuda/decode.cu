@@ -289,14 +289,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     if (from.newest >= 0) {
       const int64_t position = kept.position;
 #pragma unroll 1
-      for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
-        const int first_head = (b.kv_head * sets + s) * g.rs;
-        float sum = 0;
-#pragma unroll 1
-        for (int h = first_head; h < first_head + g.rs; h++)
-          sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, kept.batch, kept.first, h));
-        g.window_given[(first_set + s) * g.R + position % g.R] = sum;
-      }
+      for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS)
+        lola_device_keep_given(g, b.row, b.kv_head * sets + s, position % g.R, kept.batch, kept.first);
       if (b.kv_head == 0 && threadIdx.x == 0) {
         const int64_t chunk = window_of(g, plan, position).chunk;
         g.tokens_seen[b.row] = position + 1;

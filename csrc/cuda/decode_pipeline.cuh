@@ -661,13 +661,8 @@ __global__ void __launch_bounds__(THREADS)
   static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = value;
   const int sets = g.S / g.Hkv;
 #pragma unroll 1
-  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS) {
-    float sum = 0;
-#pragma unroll 1
-    for (int h = first_head + s * g.rs; h < first_head + (s + 1) * g.rs; h++)
-      sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, of.batch, of.first, h));
-    g.window_given[(static_cast<int64_t>(group) * sets + s) * g.R + of.ring_slot] = sum;
-  }
+  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS)
+    lola_device_keep_given(g, of.row, kv_head * sets + s, of.ring_slot, of.batch, of.first);
   if (kv_head == 0 && threadIdx.x == 0) {
     g.tokens_seen[of.row] = of.position + 1;
     if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;

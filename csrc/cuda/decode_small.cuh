@@ -613,11 +613,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     reinterpret_cast<uint4 *>(to)[lane % 16] = reinterpret_cast<const uint4 *>(from)[lane % 16];
     if (g.scores.data && lane * g.rs < g.r) {
       const int own_set = static_cast<int>(divided(static_cast<unsigned>(kv_head * g.r), plan.by_rs)) + lane;
-      float sum = 0;
-#pragma unroll 1
-      for (int h = own_set * g.rs; h < (own_set + 1) * g.rs; h++)
-        sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, batch, 0, h));
-      g.window_given[(static_cast<int64_t>(row) * g.S + own_set) * ring + ring_slot] = sum;
+      lola_device_keep_given(g, row, own_set, ring_slot, batch, 0);
     }
   }
   asm volatile("" : "+l"(position)); /* it is there */

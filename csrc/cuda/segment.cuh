@@ -224,6 +224,16 @@ static __device__ inline const char *lola_device_phi(const lola_device_segment &
          ((static_cast<int64_t>(span.token) + code - g.R) * g.Hq + head) * g.F * item;
 }
 
+/* Keeps the score that a caller gave the pair in a ring slot: the sum of those of the set's query heads. */
+static __device__ inline void lola_device_keep_given(const lola_device_segment &g, int row, int set, int64_t slot,
+                                                     int64_t batch, int64_t token) {
+  float sum = 0;
+#pragma unroll 1
+  for (int h = set * g.rs; h < (set + 1) * g.rs; h++)
+    sum += *reinterpret_cast<const float *>(lola_device_at(g.scores, batch, token, h));
+  g.window_given[(static_cast<int64_t>(row) * g.S + set) * g.R + slot] = sum;
+}
+
 /* How a query's softmax sums (maximum m in base 2, sum l) and linear sums combine: out = softmax * O + linear * N,
  * where O = sum exp2(a_i - m) v_i. As lola_mix of csrc/cpu/attend.c. */
 typedef struct lola_device_weights {
