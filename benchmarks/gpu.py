@@ -27,7 +27,7 @@ except ImportError:
 
 _COPY_BYTES = 1 << 30
 _GEMM_SIZE = 8192
-_AHEAD = 600_000     # cycles, some 0.3 ms, that the host is ahead of the device when a timed run begins
+_AHEAD = 2_000_000   # cycles, some 1 ms, that the host is ahead of the device when a timed run begins
 # A part of a kernel's name, and the step that it belongs to; the first that fits.
 _STEPS = {name: name for name in ("features", "scan", "attend", "commit", "decode", "score", "select", "fold")} | {
     "tensor_kernel": "features", "plain_kernel": "features", "plan_kernel": "plan", "zero_outside": "plan", "memset": "memory",
@@ -112,7 +112,7 @@ class Gpu:
     def replays(self, replay: Callable[[], None], count: int, before: Callable[[int], object] = lambda i: None) -> np.ndarray:
         """Seconds of each of `count` replays; `before(i)` queues what is not timed."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        torch.cuda._sleep(20 * _AHEAD)
+        torch.cuda._sleep(6 * _AHEAD)
         for i, (begin, end) in enumerate(events):
             before(i)
             begin.record()

@@ -307,7 +307,8 @@ def test_jax(dtype, monkeypatch):
     if jax.default_backend() != "gpu":
         pytest.skip("JAX finds no GPU")
     data = build(WIDE.but(dtype=dtype))
-    expected, cache = run(data, new_cache(data)), new_cache(data)
+    expected = run(data, new_cache(data))
+    cache = new_cache(data).to("cuda:0")                     # of several devices JAX leaves another one current than it uses
     arrays = [jax.numpy.asarray(data.stored[n]) for n in "qkv"]
     out = lola.attention(*arrays, cache=cache, **options(data))
     assert isinstance(out, jax.Array) and out.dtype == arrays[0].dtype
