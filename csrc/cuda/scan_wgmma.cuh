@@ -40,7 +40,7 @@ constexpr int PRODUCTS = LOW_ROW / 8;
 constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
 constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
 constexpr int BINS = 128;         /* of keys: four to a lane */
-constexpr int BLOCKS_MOST = 16;
+constexpr int BLOCKS_MOST = 16, COLUMN_BLOCKS_MOST = 4;
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
 /* What is the same on every call for one cache and device, so that the order of sums is too. */
