@@ -216,22 +216,19 @@ prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
   if (cuts.tokens * plan.batch >= OVERLAPPING_TOKENS && lola_cuda_scan_leaves_room(&g)) {
     /* Segments of one length but the first, a quarter of it, and the last, some two fifths: nothing runs beside the
      * one's features, nor beside the other's attend. In whole chunks, where these fit. */
-    int64_t middle = (20 * cuts.tokens - 13 * longest + 20 * longest - 1) / (20 * longest);
-    if (middle < 1) middle = 1;
-    const int64_t parts = 20 * middle + 13;
-    cuts.count = (20 * cuts.tokens + parts * g.C - 1) / (parts * g.C) * g.C;
+    constexpr int64_t WHOLE = 20, ENDS = 5 + 8; /* twentieths of that length: a segment, and the first and the last */
+    int64_t between = (WHOLE * cuts.tokens + (WHOLE - ENDS) * longest - 1) / (WHOLE * longest); /* rounded up */
+    if (between < 1) between = 1;
+    const int64_t parts = WHOLE * between + ENDS;
+    cuts.count = (WHOLE * cuts.tokens + parts * g.C - 1) / (parts * g.C) * g.C;
     if (cuts.count > longest) cuts.count = longest;
     cuts.first = (cuts.count / 4 + g.C - 1) / g.C * g.C;
     if (cuts.first > cuts.count) cuts.first = cuts.count;
-    plan.overlaps = true;
+    plan.overlaps = cuts.first < cuts.tokens;
   }
-  if (cuts.first >= cuts.tokens) {
-    cuts.first = cuts.count = cuts.tokens;
-    cuts.segments = 1;
-    plan.overlaps = false;
-  } else {
-    cuts.segments = 1 + (cuts.tokens - cuts.first + cuts.count - 1) / cuts.count;
-  }
+  if (cuts.first > cuts.tokens) cuts.first = cuts.tokens;
+  if (cuts.count > cuts.tokens) cuts.count = cuts.tokens;
+  cuts.segments = 1 + (cuts.tokens - cuts.first + cuts.count - 1) / cuts.count;
   return plan;
 }
 

@@ -1179,10 +1179,10 @@ int64_t lay_out_shared(const scan_sizes &sizes, int stage, scan_plan *plan) {
   return used;
 }
 
-/* How clusters of scan_wgmma.cuh would walk the units; with 0 `groups` where they cannot. */
 /* Of a kernel's shared memory: what its blocks have at a fixed place, and what it takes to align the rest. */
 template <class T> constexpr int fixed_shared = (sizeof(T) + 1023) / 1024 * 1024;
 
+/* How clusters of scan_wgmma.cuh would walk the units; with 0 `groups` where they cannot. */
 lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limits, wgmma_scan::cluster_plan *plan,
                               lola_message *message) {
   using namespace wgmma_scan;

@@ -37,10 +37,10 @@ constexpr int ROW = 128;    /* bytes of a row in a panel */
  * low half. */
 constexpr int NORMALIZER_ROW = COLUMNS, LOW_ROW = COLUMNS + 8, HALF_ROWS = LOW_ROW + COLUMNS;
 constexpr int PRODUCTS = LOW_ROW / 8;
-constexpr int ROWS_AT_ONCE = 128; /* of the cache, that are looked at for work */
-constexpr int ROWS_MOST = 1024;   /* of phi: a lane of a warp knows a word of their bits */
-constexpr int BINS = 128;         /* of keys: four to a lane */
-constexpr int BLOCKS_MOST = 16, COLUMN_BLOCKS_MOST = 4;
+constexpr int ROWS_AT_ONCE = 128;                       /* of the cache, that are looked at for work */
+constexpr int ROWS_MOST = 1024;                         /* of phi: a lane of a warp knows a word of their bits */
+constexpr int BIN_BITS = 7, BINS = 1 << BIN_BITS;       /* of keys: four to a lane */
+constexpr int BLOCKS_MOST = 16, COLUMN_BLOCKS_MOST = 4; /* of a cluster, and of its heads: sum_parts knows no more */
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
 /* What is the same on every call for one cache and device, so that the order of sums is too. */
@@ -690,15 +690,17 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
     const int odd = c % 2, column = block.column_block * COLUMNS + column_of(0, c) - 4 * odd;
     if (plan.vector_recalled) {
 #pragma unroll
-      for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1)
+      for (int i = 0; i < 4; i++) {
+        const int first = i / 2 * 4 + i % 2; /* products of a lane's first four columns; two on, those of the others */
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          const float other = __shfl_xor_sync(ALL, odd ? acc[i][e] : acc[i + 2][e], 1);
+          const float other = __shfl_xor_sync(ALL, odd ? acc[first][e] : acc[first + 2][e], 1);
           if (odd)
-            acc[i][e] = other;
+            acc[first][e] = other;
           else
-            acc[i + 2][e] = other;
+            acc[first + 2][e] = other;
         }
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -888,7 +890,7 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
     if (turn == 0 && !found) likely = within ? max(0, shift - 1) : min(WIDEST, shift + 1);
     if (found) break;
     base = low;
-    shift = max(0, 25 - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
+    shift = max(0, 32 - BIN_BITS - __clz(static_cast<int>(high - low - 1))); /* the bins hold them all */
   }
   unsigned latest = 0; /* of too many that have the key `low` */
   row_keys own_keys;
