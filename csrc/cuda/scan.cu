@@ -1192,7 +1192,7 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   const int64_t column_blocks = (sizes.Dv + wgmma_scan::COLUMNS - 1) / wgmma_scan::COLUMNS,
                 blocks = sizes.rs * column_blocks;
   if (!limits.wgmma || sizes.dtype == LOLA_FLOAT32 || sizes.score != LOLA_SCORE_SELF_RECALL || !sizes.L || panels > 2 ||
-      rows > ROWS_MOST || blocks > BLOCKS_MOST || column_blocks > COLUMN_BLOCKS_MOST)
+      rows > ROWS_MOST || blocks > BLOCKS_MOST)
     return LOLA_OK;
   plan->panels = static_cast<int>(panels);
   plan->slots = static_cast<int>(slots);

@@ -175,8 +175,9 @@ static __device__ inline void lola_split(float x, __nv_bfloat16 *hi, __nv_bfloat
 }
 
 static __device__ inline unsigned lola_round_pair(float x, float y) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return lola_pack(pair.x, pair.y);
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
 }
 
 static __device__ inline void lola_split_pair(float x, float y, unsigned *hi, unsigned *lo) {

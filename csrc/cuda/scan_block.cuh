@@ -143,25 +143,32 @@ template <int COUNT> __device__ int decoding_units(const lola_device_segment &g)
 template <int COUNT, class Sync, class Walk>
 __device__ void for_each_unit(const lola_device_segment &g, int groups, int group, int record, int *rows,
                               int *row_count, Sync sync, Walk walk) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int64_t before = 0; /* units of the rows looked at so far */
-  for (int64_t first = 0; first < g.B; first += COUNT) {
-    const int64_t row = first + threadIdx.x;
-    const bool looks = threadIdx.x < COUNT, busy = looks && row < g.B && row_has_work(g, static_cast<int>(row), record);
+  int unit = group; /* the group's next one, counted from the first of the rows that are being looked at */
+#pragma unroll 1
+  for (int first = 0; first < g.B; first += COUNT) {
+    /* Read anew, so that nothing of it is kept in registers from unit to unit. */
+    const int thread = static_cast<int>(lola_thread()), warp = thread / 32, lane = thread % 32, row = first + thread;
+    const bool looks = thread < COUNT, busy = looks && row < g.B && row_has_work(g, row, record);
     const unsigned bits = __ballot_sync(ALL, busy);
     if (looks && lane == 0) row_count[warp] = __popc(bits);
     sync();
-    int at = 0, some = 0;
-    for (int w = 0; w < COUNT / 32; w++) {
-      if (w < warp) at += row_count[w];
-      some += row_count[w];
-    }
-    if (busy) rows[at + __popc(bits & ((1u << lane) - 1))] = static_cast<int>(row);
+    int at = 0;
+    for (int w = 0; w < warp && w < COUNT / 32; w++) at += row_count[w];
+    if (busy) rows[at + __popc(bits & ((1u << lane) - 1))] = row;
     sync();
-    const int64_t units = static_cast<int64_t>(some) * g.S;
-    for (int64_t unit = (group - before % groups + groups) % groups; unit < units; unit += groups)
-      walk(rows[unit / g.S], static_cast<int>(unit % g.S));
-    before += units;
+    const auto units = [&] {
+      int some = 0;
+      for (int w = 0; w < COUNT / 32; w++) some += row_count[w];
+      return some * g.S;
+    };
+#pragma unroll 1
+    for (; unit < units(); unit += groups) {
+      int sets = g.S;
+      asm volatile("" : "+r"(sets)); /* nor what dividing by it takes */
+      walk(rows[unit / sets], unit % sets);
+    }
+    unit -= units();
+    sync(); /* the counts are read to the end */
   }
 }
 

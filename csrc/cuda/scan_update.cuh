@@ -66,7 +66,7 @@ __device__ __forceinline__ void begin_cluster(const lola_device_segment &g, cons
   for (int i = own_thread(); g.C % TILE && i < plan.newcomers * plan.panels * 8; i += THREADS)
     if (i % plan.newcomers >= g.C)
       piece_at(phi_at(plan, plan.slots + i % plan.newcomers, i / plan.newcomers)) = make_uint4(0, 0, 0, 0);
-  if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0;
+  if (own_thread() < ALL_BINS) shared.bins[0][own_thread()] = 0;
   if (own_thread() == 0) {
     barrier_init(shared_address(&shared.full), 1);
     barrier_init(shared_address(&shared.read), plan.blocks * WARPS);
@@ -268,7 +268,7 @@ __device__ __forceinline__ void prefetch_update(const lola_device_segment &g, co
   const int64_t group = static_cast<int64_t>(due.row) * g.S + due.set, bytes = static_cast<int64_t>(g.L) * g.D * 2;
   prefetch_lines(static_cast<const char *>(g.sparse_keys) + group * bytes, bytes, thread, threads);
   prefetch_values(g, plan, block, due);
-  const int64_t state = static_cast<int64_t>(due.row) * g.Hq + due.set * g.rs + block.head;
+  const int64_t state = static_cast<int64_t>(due.row) * g.Hq + due.set * g.rs + own_head(plan, block);
   prefetch_lines(g.hidden + state * g.F * g.Dv, static_cast<int64_t>(g.F) * g.Dv * 4,
                  block.column_block * HELPERS + helper, plan.column_blocks * HELPERS);
   const int64_t window = (static_cast<int64_t>(due.row) * g.Hkv + due.set / (g.S / g.Hkv)) * g.R;
@@ -286,7 +286,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
                                             const block_place &block, cluster_shared &shared, const tables &t,
                                             cluster_turns *turns, const due_update &due, Next next) {
   const int64_t group = static_cast<int64_t>(due.row) * g.S + due.set;
-  const int head = due.set * g.rs + block.head, C = static_cast<int>(g.C), R = static_cast<int>(g.R);
+  const int head = due.set * g.rs + own_head(plan, block), C = static_cast<int>(g.C), R = static_cast<int>(g.R);
   const int64_t state = static_cast<int64_t>(due.row) * g.Hq + head;
   const bool helps = own_warpgroup() == WALKERS / 128;
   /* All that is read first is asked for at once, before it is known how many slots are in use. */
@@ -316,7 +316,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
     span.batch = due.row; /* of no use: what leaves the window is not among the call's tokens */
     span.tokens = 1;
     span.updated = due.position / g.C - 1;
-    shared.unit = scan_unit_of(g, span, due.row, due.set, block.head, 0);
+    shared.unit = scan_unit_of(g, span, due.row, due.set, head - due.set * g.rs, 0);
     shared.cut = HIGHEST;
     shared.shift = 16;
   }
@@ -411,7 +411,6 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   const int group = blockIdx.x / plan.blocks;
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
-  block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
   if (!signals) lola_device_start_next();
   /* Where there is nothing to do, all clusters but the last make room at once: who awaits it awaits all before. */

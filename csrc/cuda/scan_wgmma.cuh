@@ -37,10 +37,12 @@ constexpr int ROW = 128;    /* bytes of a row in a panel */
  * low half. */
 constexpr int NORMALIZER_ROW = COLUMNS, LOW_ROW = COLUMNS + 8, HALF_ROWS = LOW_ROW + COLUMNS;
 constexpr int PRODUCTS = LOW_ROW / 8;
-constexpr int ROWS_AT_ONCE = 128;                       /* of the cache, that are looked at for work */
-constexpr int ROWS_MOST = 1024;                         /* of phi: a lane of a warp knows a word of their bits */
-constexpr int BIN_BITS = 7, BINS = 1 << BIN_BITS;       /* of keys: four to a lane */
-constexpr int BLOCKS_MOST = 16, COLUMN_BLOCKS_MOST = 4; /* of a cluster, and of its heads: sum_parts knows no more */
+constexpr int ROWS_AT_ONCE = 128;                             /* of the cache, that are looked at for work */
+constexpr int ROWS_MOST = 1024;                               /* of phi: a lane of a warp knows a word of their bits */
+constexpr int OWN_ROWS = (ROWS_MOST + WALKERS - 1) / WALKERS; /* of phi, to a walker: each WALKERS-th */
+constexpr int BIN_BITS = 7, BINS = 1 << BIN_BITS;             /* of keys: four to a lane */
+constexpr int BEFORE = BINS, AFTER = BINS + 1, ALL_BINS = BINS + 4;
+constexpr int BLOCKS_MOST = 16;                              /* of a cluster */
 constexpr unsigned UNUSED = UINT_MAX, HIGHEST = 0x7fffffffu; /* keys: no pair; NaN, above all others */
 
 /* What is the same on every call for one cache and device, so that the order of sums is too. */
@@ -62,7 +64,7 @@ struct tables {
   float *score;      /* at the last ranking; NaN if never ranked */
   float *normalizer; /* (64 panels,): s */
   uint16_t *drop;    /* (newcomers,): dropped slots, ascending */
-  uint16_t *kept;    /* (newcomers,): newcomers that stay, ascending */
+  uint16_t *kept;    /* (newcomers,), behind them: newcomers that stay, ascending */
 };
 
 __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, int64_t panels) {
@@ -76,8 +78,8 @@ struct cluster_shared {
   scan_unit unit;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
-  unsigned dropped[ROWS_MOST / 32];         /* a bit for each row */
-  __align__(16) unsigned bins[3][BINS + 4]; /* keys in each bin, and before all bins; three take turns */
+  unsigned dropped[OWN_ROWS * WARPS];       /* a bit for each row */
+  __align__(16) unsigned bins[3][ALL_BINS]; /* keys in each bin, before all and after all; three take turns */
   unsigned cut;                             /* where the last cut between keys was */
   int shift;                                /* how wide a bin, base 2, is likely to find the next */
 };
@@ -115,7 +117,11 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
 
 /* As lola_thread, so that little is kept in registers from chunk to chunk. */
-__device__ __forceinline__ int own_thread() { return static_cast<int>(lola_thread()); }
+__device__ __forceinline__ int own_thread() {
+  const unsigned thread = lola_thread();
+  __builtin_assume(thread < 1024); /* so that it is divided by shifts alone */
+  return static_cast<int>(thread);
+}
 
 __device__ __forceinline__ int own_warpgroup() { return uniform(own_thread() / 128); }
 
@@ -271,8 +277,15 @@ __device__ __forceinline__ void put_values(const cluster_plan &plan, int newcome
 
 /* What a block knows of itself and, in shared memory, of its unit. */
 struct block_place {
-  int rank, head, column_block;
+  int rank, column_block;
 };
+
+/* Which of a set's heads is the block's; worked out anew each time, since it is rarely asked for. */
+__device__ __forceinline__ int own_head(const cluster_plan &plan, const block_place &block) {
+  int rank = block.rank;
+  asm volatile("" : "+r"(rank));
+  return rank / plan.column_blocks;
+}
 
 /* What changes from chunk to chunk; every thread of the cluster keeps the same. */
 struct cluster_progress {
@@ -406,13 +419,14 @@ template <typename T> __device__ __forceinline__ bool has_state() { return own_w
 __device__ __forceinline__ void store_halves(const cluster_plan &plan, const hidden_part &h) {
   const int lane = own_thread() % 32, warp = own_thread() / 32;
   const int row = lane % 8 + lane / 16 * 8, piece = 2 * warp + lane / 8 % 2; /* of columns 16 i .. 16 i + 15 */
+  const uint32_t at = shared_address(wgmma_memory) + half_at(plan, row, piece);
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
     unsigned hi[4], lo[4];
 #pragma unroll
     for (int m = 0; m < 4; m++) lola_split_pair(h[i + m / 2][m % 2 * 2], h[i + m / 2][m % 2 * 2 + 1], &hi[m], &lo[m]);
-    store_transposed(shared_address(wgmma_memory + half_at(plan, 8 * i + row, piece)), hi);
-    store_transposed(shared_address(wgmma_memory + half_at(plan, LOW_ROW + 8 * i + row, piece)), lo);
+    store_transposed(at + 8 * i * ROW, hi); /* whole groups of 8 rows on, which are swizzled alike */
+    store_transposed(at + (LOW_ROW + 8 * i) * ROW, lo);
   }
 }
 
@@ -533,47 +547,94 @@ __device__ __forceinline__ float normalizer_of(const float (&acc)[PRODUCTS][4], 
 
 /* Of a thread's two rows of a tile, 16 columns each. */
 struct row_values {
-  const char *from[2]; /* the block's columns */
-  uint4 v[2][2];       /* zeros past the last column */
+  uint4 v[2][2]; /* zeros past the last column */
 };
 
-__device__ __forceinline__ void find_values(const tables &t, int row, row_values *values) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) values->from[half] = t.value[row + 8 * half];
+/* Rows that are not aligned: apart, so that it takes no registers elsewhere. */
+__device__ __noinline__ uint4 load_odd_chunk(const char *row, int column, int columns) {
+  return load_chunk<false>(row, column, columns);
 }
 
-template <typename T> __device__ __forceinline__ void ask_values(int columns, row_values *values) {
+template <typename T>
+__device__ __forceinline__ void ask_values(const tables &t, int row, int columns, row_values *values) {
+  const char *from[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) from[half] = t.value[row + 8 * half];
 #pragma unroll
   for (int q = 0; q < 2; q++) {
     const int column = column_of(q, own_thread() % 4);
     if (column < columns)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        values->v[half][q] = load_chunk<T::vector>(values->from[half], column, columns);
+        values->v[half][q] =
+            T::vector ? load_chunk<true>(from[half], column, columns) : load_odd_chunk(from[half], column, columns);
   }
 }
 
-/* The error of a row over the thread's columns; both sides are lifted by `up`. */
-template <typename T>
-__device__ __forceinline__ float error_of(const float (&acc)[PRODUCTS][4], int half, float z, float up,
-                                          const uint4 (&values)[2]) {
-  const uint4 &a = values[0], &b = values[1];
-  const unsigned pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  const float inverse = z != 0 ? lola_reciprocal(z * up) : 0;
-  float sum[2] = {0, 0};
+/* 1 / (phi^T s) of a thread's two rows, or 0. It overflows for a z near the smallest float: there the row's products
+ * are lifted first, as recall_scale has it. */
+__device__ __forceinline__ void invert_normalizers(float (&acc)[PRODUCTS][4], float (&inverse)[2]) {
+  float z[2] = {normalizer_of(acc, 0), normalizer_of(acc, 1)};
+  const bool tiny[2] = {z[0] != 0 && z[0] < 1e-30f, z[1] != 0 && z[1] < 1e-30f};
+  if (__any_sync(ALL, tiny[0] || tiny[1])) { /* hardly ever */
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const float2 value = lola_widen<typename T::element>(pairs[i]);
-    const float dx = fmaf(acc[i][2 * half] * up, inverse, -value.x);
-    const float dy = fmaf(acc[i][2 * half + 1] * up, inverse, -value.y);
-    sum[0] = fmaf(dx, dx, sum[0]);
-    sum[1] = fmaf(dy, dy, sum[1]);
+    for (int half = 0; half < 2; half++) {
+      const float up = tiny[half] ? 0x1p64f : 1.0f;
+      z[half] *= up;
+#pragma unroll
+      for (int i = 0; i < PRODUCTS - 1; i++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) acc[i][2 * half + e] *= up;
+    }
   }
-  return sum[0] + sum[1];
+#pragma unroll
+  for (int half = 0; half < 2; half++) inverse[half] = z[half] != 0 ? lola_reciprocal(z[half]) : 0;
+}
+
+/* The errors of a thread's two rows over its columns. */
+template <typename T>
+__device__ __forceinline__ void tile_errors(float (&acc)[PRODUCTS][4], const row_values &values, float (&error)[2]) {
+  float inverse[2];
+  invert_normalizers(acc, inverse);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint4 &a = values.v[half][0], &b = values.v[half][1];
+    const unsigned pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    float sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float2 value = lola_widen<typename T::element>(pairs[i]);
+      const float dx = fmaf(acc[i][2 * half], inverse[half], -value.x);
+      const float dy = fmaf(acc[i][2 * half + 1], inverse[half], -value.y);
+      sum[0] = fmaf(dx, dx, sum[0]);
+      sum[1] = fmaf(dy, dy, sum[1]);
+    }
+    error[half] = sum[0] + sum[1];
+  }
+}
+
+/* Adds up the errors of a quad's two rows and sends them to all blocks: the first row's to where it is at `at` in this
+ * one, counted at the barrier `full`. */
+__device__ __forceinline__ void send_errors(const cluster_plan &plan, const float (&error)[2], int at, uint32_t full) {
+  const int c = own_thread() % 4;
+  /* Lanes 0 and 2 then have the one row, 1 and 3 the other. */
+  float sum = (c % 2 ? error[1] : error[0]) + __shfl_xor_sync(ALL, c % 2 ? error[0] : error[1], 1);
+  sum += __shfl_xor_sync(ALL, sum, 2);
+  const int own = at + c % 2 * 32;
+  const uint32_t there = shared_address(wgmma_memory) + own;
+  if (plan.blocks == 1) {
+    if (c < 2) word_at(own) = __float_as_uint(sum);
+  } else if (plan.blocks % 2 == 0) { /* the one lane sends to every other block, the other one to the rest */
+#pragma unroll 4
+    for (int rank = 0; rank < plan.blocks; rank += 2) send(there, full, rank + c / 2, sum);
+  } else if (c < 2) {
+#pragma unroll 1
+    for (int rank = 0; rank < plan.blocks; rank++) send(there, full, rank, sum);
+  }
 }
 
 /* All pairs: the errors over this block's columns, into every block's parts. The warpgroups take tiles in turn, the
- * newcomers' last. */
+ * newcomers' last; a tile is sent while the next one is multiplied. */
 template <typename T>
 __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const cluster_plan &plan,
                                             const block_place &block, const tables &t, int count, uint32_t full,
@@ -582,62 +643,35 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
   const int slot_tiles = uniform((count + TILE - 1) / TILE), tiles = slot_tiles + plan.newcomers / TILE;
   const int columns = g.Dv - block.column_block * COLUMNS, own_row = tile_row(0);
   const int apart = plan.slots - slot_tiles * TILE; /* rows between the slots in use and the newcomers */
-  const auto first_row = [&](int tile) { return tile * TILE + (tile < slot_tiles ? 0 : apart); };
-  const auto meet_newcomers = [&](int tile) {
-    if (tile >= slot_tiles) barrier_wait(newcomers, parity);
-  };
   if (plan.blocks > 1 && own_thread() == 0) expect_bytes(full, plan.blocks * tiles * TILE * 4);
   row_values values = {};
-  int tile = own_warpgroup();
-  if (tile < tiles) {
-    meet_newcomers(tile);
-    find_values(t, first_row(tile) + own_row, &values);
-    ask_values<T>(columns, &values);
-  }
-#pragma unroll 1
-  for (; tile < tiles; tile += TURN) {
+  float acc[PRODUCTS][4], error[2];
+  const auto first_row = [&](int tile) { return tile * TILE + (tile < slot_tiles ? 0 : apart); };
+  /* Asks for a tile's products and values. */
+  const auto ask = [&](int tile) {
+    if (tile >= slot_tiles) barrier_wait(newcomers, parity);
     const int first = first_row(tile);
+    if constexpr (!T::vector) ask_values<T>(t, first + own_row, columns, &values); /* no registers are left later */
     const uint32_t phi = wgmma_matrix(shared_address(wgmma_memory) + first * ROW, 16);
-    float acc[PRODUCTS][4];
     multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
       multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2, right, accumulate);
     });
-    const bool more = tile + TURN < tiles;
-    if (more) meet_newcomers(tile + TURN);
-    const uint32_t at = shared_address(wgmma_memory) + plan.parts + (block.rank * plan.rows + first + own_row) * 4;
+    if constexpr (T::vector) ask_values<T>(t, first + own_row, columns, &values);
+  };
+  const auto place_of = [&](int tile) { return plan.parts + (block.rank * plan.rows + first_row(tile) + own_row) * 4; };
+  int tile = own_warpgroup();
+  if (tile >= tiles) return;
+  ask(tile);
+#pragma unroll 1
+  for (;; tile += TURN) {
     wgmma_wait<0>();
     pin(acc);
-    const float z[2] = {normalizer_of(acc, 0), normalizer_of(acc, 1)};
-    const bool tiny[2] = {z[0] != 0 && z[0] < 1e-30f, z[1] != 0 && z[1] < 1e-30f};
-    float part[2];
-    if (__any_sync(ALL, tiny[0] || tiny[1])) { /* as recall_scale, where hardly any is */
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        part[half] = error_of<T>(acc, half, z[half], tiny[half] ? 0x1p64f : 1.0f, values.v[half]);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; half++) part[half] = error_of<T>(acc, half, z[half], 1.0f, values.v[half]);
-    }
-    if (more) { /* on their way while the tile is multiplied */
-      find_values(t, first_row(tile + TURN) + own_row, &values);
-      ask_values<T>(columns, &values);
-    }
-    const int c = own_thread() % 4;
-    /* Over the quad; lanes 0 and 2 then have the one row, 1 and 3 the other. */
-    float sum = (c % 2 ? part[1] : part[0]) + __shfl_xor_sync(ALL, c % 2 ? part[0] : part[1], 1);
-    sum += __shfl_xor_sync(ALL, sum, 2);
-    if (plan.blocks == 1) {
-      if (c < 2) word_at(plan.parts + (first + own_row + 8 * c) * 4) = __float_as_uint(sum);
-      continue;
-    }
-    if (plan.blocks % 2 == 0) { /* the one lane sends to every other block, the other one to the rest */
-#pragma unroll 4
-      for (int rank = 0; rank < plan.blocks; rank += 2) send(at + c % 2 * 32, full, rank + c / 2, sum);
-    } else if (c < 2) {
-#pragma unroll 1
-      for (int rank = 0; rank < plan.blocks; rank++) send(at + c * 32, full, rank, sum);
-    }
+    tile_errors<T>(acc, values, error);
+    if (tile + TURN >= tiles) break;
+    ask(tile + TURN);
+    send_errors(plan, error, place_of(tile), full);
   }
+  send_errors(plan, error, place_of(tile), full);
 }
 
 /* --- phi(q)^T H --------------------------------------------------------------------------------------------------- */
@@ -743,44 +777,61 @@ __device__ __forceinline__ int64_t position_of(const lola_device_segment &g, con
   return g.sparse_positions[(static_cast<int64_t>(unit.row) * g.S + unit.set) * g.L - code - 1];
 }
 
-/* A walker's rows: own_thread() and every WALKERS-th from there. */
-constexpr int OWN_ROWS = (ROWS_MOST + WALKERS - 1) / WALKERS;
+/* Whether nobody has an i-th row. Asked of the last one alone: what all have is worked out without a branch. */
+__device__ __forceinline__ bool no_rows(const cluster_plan &plan, int i) {
+  return i == OWN_ROWS - 1 && i * WALKERS >= plan.rows;
+}
 
-/* The sum of a row's parts, column blocks in order, then heads in order. */
-template <int COLUMN_BLOCKS> __device__ __forceinline__ float sum_row(const cluster_plan &plan, const float *part) {
-  const int pitch = plan.rows;
-  float total = 0;
-#pragma unroll(COLUMN_BLOCKS < 3 ? 4 : 1)
-  for (int left = plan.blocks; left > 0; left -= COLUMN_BLOCKS) {
-    float head = part[0];
+/* The sums of the thread's rows over the cluster's parts: column blocks in order, then heads in order. */
+__device__ __forceinline__ void sum_rows(const cluster_plan &plan, float (&total)[OWN_ROWS]) {
+  constexpr int AT_ONCE = 8; /* parts that are asked for before any is used */
+  const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts);
+  const int thread = own_thread(), rows = plan.rows, blocks = plan.blocks, column_blocks = plan.column_blocks;
 #pragma unroll
-    for (int i = 1; i < COLUMN_BLOCKS; i++) head += part[i * pitch];
-    total += head;
-    part += COLUMN_BLOCKS * pitch;
+  for (int i = 0; i < OWN_ROWS; i++) total[i] = 0;
+  if (blocks <= AT_ONCE && column_blocks <= 2) {
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+      if (no_rows(plan, i)) break;
+      const float *part = parts + min(thread + i * WALKERS, rows - 1);
+      float x[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) x[j] = j < blocks ? part[j * rows] : 0;
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j += 2) /* without a part nothing changes: none is negative */
+        total[i] = column_blocks == 2 ? total[i] + (x[j] + x[j + 1]) : total[i] + x[j] + x[j + 1];
+    }
+    return;
   }
-  return total;
+#pragma unroll
+  for (int i = 0; i < OWN_ROWS; i++) {
+    if (no_rows(plan, i)) break;
+    const float *part = parts + min(thread + i * WALKERS, rows - 1);
+#pragma unroll 1
+    for (int left = blocks; left > 0; left -= column_blocks) {
+      float head = *part;
+#pragma unroll 1
+      for (int j = 1; j < column_blocks; j++) head += part[j * rows];
+      total[i] += head;
+      part += column_blocks * rows;
+    }
+  }
 }
 
 /* Adds the parts of the cluster's blocks for the thread's rows; as keys: scores are sums of squares, so that their bits
  * order as they do. */
 __device__ __forceinline__ void sum_parts(const lola_device_segment &g, const cluster_plan &plan, const tables &t,
                                           int count, unsigned (&key)[OWN_ROWS]) {
-  const float *parts = reinterpret_cast<const float *>(wgmma_memory + plan.parts);
-  const int C = static_cast<int>(g.C);
-#pragma unroll
-  for (int i = 0; i < OWN_ROWS; i++) key[i] = UNUSED;
+  const int C = static_cast<int>(g.C), rows = plan.rows, slots = plan.slots, thread = own_thread();
+  float total[OWN_ROWS];
+  sum_rows(plan, total);
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
-    if (i * WALKERS >= plan.rows) break;
-    const int row = own_thread() + i * WALKERS;
-    const float *part = parts + min(row, plan.rows - 1);
-    const float total = plan.column_blocks == 1   ? sum_row<1>(plan, part)
-                        : plan.column_blocks == 2 ? sum_row<2>(plan, part)
-                        : plan.column_blocks == 3 ? sum_row<3>(plan, part)
-                                                  : sum_row<4>(plan, part);
-    if (row >= plan.rows) continue;
-    if (row < plan.slots ? row < count : row - plan.slots < C)
-      key[i] = total == total ? __float_as_uint(total) : HIGHEST;
+    const int row = thread + i * WALKERS;
+    key[i] = UNUSED;
+    if (row >= rows) continue;
+    if (row < slots ? row < count : row - slots < C)
+      key[i] = total[i] == total[i] ? __float_as_uint(total[i]) : HIGHEST;
     t.score[row] = __uint_as_float(key[i]);
   }
 }
@@ -823,6 +874,11 @@ __device__ __noinline__ unsigned find_latest(const lola_device_segment &g, const
   return latest;
 }
 
+/* One more at this place of shared memory. */
+__device__ __forceinline__ void count_one(unsigned *at) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(shared_address(at)) : "memory");
+}
+
 /* Finds the `drops` lowest pairs, ties to the later position: t.drop and t.kept, for who waits for the walkers. Returns
  * how many slots are freed. Keys are counted by bins, first around the last cut and then within the bin where the cut
  * falls, until it is the end of one. */
@@ -830,7 +886,7 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
                                             cluster_shared &shared, const tables &t, int count, int drops,
                                             const unsigned (&key)[OWN_ROWS]) {
   constexpr int WIDEST = 22;
-  const int warp = own_thread() / 32, lane = own_thread() % 32;
+  const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
   unsigned low = 0, high = HIGHEST + 1;
   int below = 0, until = count + static_cast<int>(g.C); /* keys below `low`, fewer than drops; below `high`, no fewer */
   int shift = shared.shift;
@@ -841,20 +897,17 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
   for (int turn = 0;; turn++) {
     unsigned *const bins = shared.bins[turn % 3];
     zeros = shared.bins[(turn + 1) % 3];
-    unsigned before = 0;
 #pragma unroll
     for (int i = 0; i < OWN_ROWS; i++) {
-      if (i * WALKERS >= plan.rows) break;
-      const unsigned bin = key[i] - base >> shift;
-      before += __popc(__ballot_sync(ALL, key[i] < base));
-      if (key[i] >= base && bin < BINS) atomicAdd(&bins[bin], 1u);
+      if (no_rows(plan, i)) break;
+      const unsigned bin = min(key[i] - base >> shift, static_cast<unsigned>(BINS));
+      count_one(&bins[key[i] < base ? BEFORE : bin < BINS ? bin : AFTER]);
     }
-    if (lane == 0 && before) atomicAdd(&bins[BINS], before);
     /* Who still reads bins, reads those of the last turn. */
-    if (own_thread() <= BINS) zeros[own_thread()] = 0;
+    if (thread < ALL_BINS) zeros[thread] = 0;
     walkers_sync();
     const uint4 own = *reinterpret_cast<const uint4 *>(&bins[4 * lane]);
-    const int start = static_cast<int>(bins[BINS]);
+    const int start = static_cast<int>(bins[BEFORE]);
     const int counts[4] = {static_cast<int>(own.x), static_cast<int>(own.y), static_cast<int>(own.z),
                            static_cast<int>(own.w)};
     const int all = counts[0] + counts[1] + (counts[2] + counts[3]);
@@ -865,22 +918,27 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
       if (lane >= i) reach += other;
     }
     reach += start;
+    /* The first of a lane's bins with which there are `drops` keys, or its last; of the first lane that has so many, or
+     * the last one. */
+    int bin = 0, begin = reach - all, end = begin + counts[0];
+#pragma unroll
+    for (int i = 1; i < 4; i++) {
+      if (end < drops) bin = i, begin = end, end += counts[i];
+    }
     const unsigned owners = __ballot_sync(ALL, reach >= drops);
+    const int owner = owners ? __ffs(static_cast<int>(owners)) - 1 : 31;
+    static_assert(ROWS_MOST < 1 << 11);
+    const unsigned found_bin = __shfl_sync(ALL, static_cast<unsigned>(end << 11 | begin) << 2 | bin, owner);
+    begin = static_cast<int>(found_bin >> 2 & 2047);
+    end = static_cast<int>(found_bin >> 13);
     const bool within = start < drops && owners;
     if (within) {
-      /* The first of the lane's bins with which there are `drops` keys. */
-      int bin = 0, end = reach - all + counts[0], begin = reach - all;
-#pragma unroll
-      for (int i = 1; i < 4; i++) {
-        if (end < drops) bin = i, begin = end, end += counts[i];
-      }
-      const int owner = __ffs(static_cast<int>(owners)) - 1;
-      below = __shfl_sync(ALL, begin, owner);
-      until = __shfl_sync(ALL, end, owner);
-      low = base + (static_cast<unsigned>(__shfl_sync(ALL, 4 * lane + bin, owner)) << shift);
+      below = begin;
+      until = end;
+      low = base + ((4 * owner + (found_bin & 3)) << shift);
       high = min(high, low + (1u << shift));
     } else if (start < drops) {
-      below = __shfl_sync(ALL, reach, 31);
+      below = end;
       low = base + (static_cast<unsigned>(BINS) << shift);
     } else {
       until = start;
@@ -897,33 +955,33 @@ __device__ __forceinline__ int list_dropped(const lola_device_segment &g, const 
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) own_keys.own[i] = key[i];
   if (until != drops) latest = find_latest(g, plan, shared.unit, low, drops - below, own_keys, zeros);
+  const unsigned bound = until == drops ? high : low;
+  unsigned bits[OWN_ROWS];
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
-    const int word = i * WARPS + warp;
-    if (32 * word >= plan.rows) break;
-    const bool dropped = key[i] < (until == drops ? high : low) || latest >> i & 1;
-    const unsigned bits = __ballot_sync(ALL, dropped);
-    if (lane == 0) shared.dropped[word] = bits;
+    bits[i] = 0;
+    if (no_rows(plan, i)) break;
+    bits[i] = __ballot_sync(ALL, key[i] < bound || latest >> i & 1);
+    if (lane == 0) shared.dropped[i * WARPS + warp] = bits[i];
   }
   walkers_sync();
-  if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0; /* for the next ranking */
-  if (own_thread() == 0) {
+  if (thread < ALL_BINS) shared.bins[0][thread] = 0; /* for the next ranking */
+  if (thread == 0) {
     shared.cut = high;
     shared.shift = likely;
   }
-  const int mine = 32 * lane < plan.rows ? __popc(shared.dropped[lane]) : 0;
-  const int freed = __reduce_add_sync(ALL, 32 * lane < plan.slots ? mine : 0);
+  const int mine = 32 * lane < plan.rows ? __popc(shared.dropped[lane]) : 0, slots = plan.slots,
+            C = static_cast<int>(g.C);
+  const int freed = __reduce_add_sync(ALL, 32 * lane < slots ? mine : 0);
 #pragma unroll
   for (int i = 0; i < OWN_ROWS; i++) {
-    const int word = i * WARPS + warp, row = 32 * word + lane;
-    if (32 * word >= plan.rows) break;
-    const unsigned bits = shared.dropped[word];
-    const int rank = __reduce_add_sync(ALL, lane < word ? mine : 0) + __popc(bits & ((1u << lane) - 1));
-    const bool dropped = bits >> lane & 1;
-    if (row < plan.slots) {
-      if (dropped) t.drop[rank] = static_cast<uint16_t>(row);
-    } else if (row - plan.slots < static_cast<int>(g.C) && !dropped) {
-      t.kept[row - plan.slots - (rank - freed)] = static_cast<uint16_t>(row - plan.slots);
+    if (no_rows(plan, i)) break;
+    const int word = i * WARPS + warp, row = 32 * word + lane, newcomer = row - slots;
+    const int rank = __reduce_add_sync(ALL, lane < word ? mine : 0) + __popc(bits[i] & ((1u << lane) - 1));
+    const bool dropped = bits[i] >> lane & 1;
+    if (newcomer < 0 ? dropped : newcomer < C && !dropped) { /* t.kept lies behind t.drop */
+      const int at = newcomer < 0 ? rank : plan.newcomers + newcomer - (rank - freed);
+      t.drop[at] = static_cast<uint16_t>(newcomer < 0 ? row : newcomer);
     }
   }
   return freed;
@@ -1060,13 +1118,14 @@ __device__ __forceinline__ void record_sources(const lola_device_segment &g, con
   if (block.rank == 0 && helper == 0) g.source_count[at] = count;
 }
 
-template <typename T>
+/* By all; HELPS tells who calls, so that the code for one of the walkers is theirs alone. */
+template <typename T, bool HELPS>
 __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const cluster_plan &plan,
                                            const block_place &block, cluster_shared &shared, const tables &t,
                                            cluster_progress *progress, int row, int set) {
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, block.head, count);
+  if (!HELPS && own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, own_head(plan, block), count);
   cluster_sync();
   const scan_unit &unit = shared.unit;
   progress->count = count;
@@ -1104,9 +1163,8 @@ __device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const s
 /* Writes the unit back. All blocks of the cluster have read what it begins with. */
 template <typename T>
 __device__ __forceinline__ void end_unit(const lola_device_segment &g, const block_place &block, const scan_unit &unit,
-                                         const tables &t, const cluster_progress &progress, const hidden_part &h,
-                                         bool folded) {
-  if (folded) store_state<T>(g, block, unit, t, h);
+                                         const tables &t, const cluster_progress &progress, const hidden_part &h) {
+  if (unit.folds) store_state<T>(g, block, unit, t, h);
   if (block.rank == 0) {
     const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
     const int64_t left = leaving.end > leaving.first ? leaving.end - leaving.first : 0;
@@ -1144,7 +1202,7 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
                                           const block_place &block, cluster_shared &shared, const tables &t, int row,
                                           int set, int record) {
   cluster_progress progress = {};
-  begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
+  begin_unit<T, true>(g, plan, block, shared, t, &progress, row, set);
   cluster_sync();
   const scan_unit &unit = shared.unit;
   const int64_t first = unit.span.position / g.C, last = unit.last;
@@ -1189,14 +1247,13 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
                                           cluster_turns *turns, int row, int set, int record) {
   cluster_progress progress = {};
   hidden_part h = {};
-  begin_unit<T>(g, plan, block, shared, t, &progress, row, set);
+  begin_unit<T, false>(g, plan, block, shared, t, &progress, row, set);
   const scan_unit &unit = shared.unit;
   /* Where nothing is folded, now or before, the state is not needed. */
   if (unit.folds || (record && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY))
     load_state<T>(g, plan, block, unit, t, &h);
   fence_async_proxy();
   cluster_sync();
-  const unsigned rankings = turns->rankings;
   const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
                  newcomers = shared_address(&shared.newcomers);
 #pragma unroll 1
@@ -1235,7 +1292,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     advance(g, unit, work, chunk, record, &progress);
   }
   cluster_sync();
-  end_unit<T>(g, block, unit, t, progress, h, turns->rankings != rankings);
+  end_unit<T>(g, block, unit, t, progress, h);
   cluster_sync(); /* the tables are read to the end */
 }
 
@@ -1259,11 +1316,10 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   if (g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for who comes next */
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
-  block.head = block.rank / plan.column_blocks;
   block.column_block = block.rank % plan.column_blocks;
   /* Rows past the last newcomer, columns past F and the last rows of the halves are zero and stay so. */
   for (int at = own_thread() * 16; at < plan.parts; at += THREADS * 16) piece_at(at) = make_uint4(0, 0, 0, 0);
-  if (own_thread() <= BINS) shared.bins[0][own_thread()] = 0;
+  if (own_thread() < ALL_BINS) shared.bins[0][own_thread()] = 0;
   if (own_thread() == 0) {
     shared.cut = 0;
     shared.shift = 16;
