@@ -1,7 +1,7 @@
 /* Devices, memory, streams and events for the binding, which knows no CUDA header; and the table of the backend.
  *
  * Nothing here touches the driver before the first call. Memory comes from a pool of lola's own, in stream order, so
- * that scratch costs no synchronisation; the pool keeps up to KEPT_BYTES that are free. */
+ * that scratch costs no synchronisation; the pool keeps up to KEPT_BYTES that are free, less on small devices. */
 #include <mutex>
 
 #include "device.cuh"
@@ -22,7 +22,7 @@ lola_status lola_cuda_allocation_status(cudaError_t error, int64_t bytes, lola_m
 namespace {
 
 constexpr int MAX_DEVICES = 64;
-constexpr uint64_t KEPT_BYTES = uint64_t(1) << 30;
+constexpr uint64_t KEPT_BYTES = uint64_t(2) << 30, KEPT_SHARE = 32; /* at most, and of the device's memory */
 
 cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t as_event(void *event) { return static_cast<cudaEvent_t>(event); }
@@ -65,25 +65,44 @@ lola_status current_device(int *device, lola_message *message) {
 
 /* --- memory ------------------------------------------------------------------------------------------------------ */
 
-std::mutex pool_mutex;
-cudaMemPool_t pools[MAX_DEVICES];
+struct memory_pool {
+  cudaMemPool_t pool;
+  uint64_t kept; /* bytes that it may keep beside those in use */
+};
 
-lola_status pool_of(int device, cudaMemPool_t *pool, lola_message *message) {
+std::mutex pool_mutex;
+memory_pool pools[MAX_DEVICES];
+
+lola_status pool_of(int device, memory_pool *pool, lola_message *message) {
   std::lock_guard<std::mutex> guard(pool_mutex);
-  if (!pools[device]) {
+  if (!pools[device].pool) {
     cudaMemPoolProps properties = {};
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location.type = cudaMemLocationTypeDevice;
     properties.location.id = device;
-    cudaMemPool_t made;
-    uint64_t kept = KEPT_BYTES;
-    lola_status status = lola_cuda_status(cudaMemPoolCreate(&made, &properties), "cudaMemPoolCreate", message);
+    memory_pool made = {};
+    size_t free, total;
+    lola_status status = lola_cuda_status(cudaMemGetInfo(&free, &total), "cudaMemGetInfo", message);
+    if (!status) status = lola_cuda_status(cudaMemPoolCreate(&made.pool, &properties), "cudaMemPoolCreate", message);
     if (status) return status;
-    cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept);
+    made.kept = total / KEPT_SHARE < KEPT_BYTES ? total / KEPT_SHARE : KEPT_BYTES;
     pools[device] = made;
   }
   *pool = pools[device];
   return LOLA_OK;
+}
+
+/* Memory in use counts towards what a pool holds on to, so the limit moves with it. Nothing is queued: a capture that
+ * is under way, here or in another thread, is not disturbed. */
+void keep_free_memory(const memory_pool &pool) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return;
+  uint64_t bytes = 0;
+  if (cudaMemPoolGetAttribute(pool.pool, cudaMemPoolAttrUsedMemCurrent, &bytes) == cudaSuccess) {
+    bytes += pool.kept;
+    cudaMemPoolSetAttribute(pool.pool, cudaMemPoolAttrReleaseThreshold, &bytes);
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
 lola_status allocate_host(int64_t bytes, void **data, lola_message *message) {
@@ -207,11 +226,13 @@ lola_status lola_cuda_allocate(int device, int64_t bytes, void *stream, void **d
     return lola_fail(message, LOLA_VALUE_ERROR, "device must be from 0 to %d, got %d", MAX_DEVICES - 1, device);
   lola_device_scope scope(device, message);
   if (scope.status) return scope.status;
-  cudaMemPool_t pool;
+  memory_pool pool;
   lola_status status = pool_of(device, &pool, message);
   if (status) return status;
+  keep_free_memory(pool);
   return lola_cuda_allocation_status(
-      cudaMallocFromPoolAsync(data, static_cast<size_t>(bytes ? bytes : 1), pool, as_stream(stream)), bytes, message);
+      cudaMallocFromPoolAsync(data, static_cast<size_t>(bytes ? bytes : 1), pool.pool, as_stream(stream)), bytes,
+      message);
 }
 
 void lola_cuda_release(int device, void *data, void *stream) {
