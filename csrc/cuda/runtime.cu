@@ -3,6 +3,8 @@
  * Nothing here touches the driver before the first call. Memory comes from a pool of lola's own, in stream order, so
  * that scratch costs no synchronisation; the pool keeps up to KEPT_BYTES that are free, less on small devices. */
 #include <mutex>
+#include <new>
+#include <unordered_map>
 
 #include "device.cuh"
 #include "steps.cuh"
@@ -67,13 +69,15 @@ lola_status current_device(int *device, lola_message *message) {
 
 struct memory_pool {
   cudaMemPool_t pool;
-  uint64_t kept; /* bytes that it may keep beside those in use */
+  uint64_t used, kept; /* bytes that were handed out and not taken back; that it may keep beside them */
 };
 
 std::mutex pool_mutex;
 memory_pool pools[MAX_DEVICES];
+/* Bytes, as the pools were asked for them. Never destroyed: caches may outlive what is at a program's end. */
+std::unordered_map<void *, uint64_t> &handed_out = *new std::unordered_map<void *, uint64_t>;
 
-lola_status pool_of(int device, memory_pool *pool, lola_message *message) {
+lola_status pool_of(int device, cudaMemPool_t *pool, lola_message *message) {
   std::lock_guard<std::mutex> guard(pool_mutex);
   if (!pools[device].pool) {
     cudaMemPoolProps properties = {};
@@ -88,21 +92,41 @@ lola_status pool_of(int device, memory_pool *pool, lola_message *message) {
     made.kept = total / KEPT_SHARE < KEPT_BYTES ? total / KEPT_SHARE : KEPT_BYTES;
     pools[device] = made;
   }
-  *pool = pools[device];
+  *pool = pools[device].pool;
   return LOLA_OK;
 }
 
 /* Memory in use counts towards what a pool holds on to, so the limit moves with it. Nothing is queued: a capture that
  * is under way, here or in another thread, is not disturbed. */
-void keep_free_memory(const memory_pool &pool) {
+void move_limit(const memory_pool &pool) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return;
-  uint64_t bytes = 0;
-  if (cudaMemPoolGetAttribute(pool.pool, cudaMemPoolAttrUsedMemCurrent, &bytes) == cudaSuccess) {
-    bytes += pool.kept;
-    cudaMemPoolSetAttribute(pool.pool, cudaMemPoolAttrReleaseThreshold, &bytes);
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error == cudaSuccess) {
+    uint64_t most = pool.used + pool.kept;
+    error = cudaMemPoolSetAttribute(pool.pool, cudaMemPoolAttrReleaseThreshold, &most);
+    cudaThreadExchangeStreamCaptureMode(&mode);
   }
-  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) cudaGetLastError(); /* the limit stays where it was */
+}
+
+/* Counts memory of a pool that was handed out, or, with 0 bytes, is taken back. */
+void count_memory(int device, void *data, uint64_t bytes) {
+  std::lock_guard<std::mutex> guard(pool_mutex);
+  memory_pool &pool = pools[device];
+  if (bytes) {
+    try {
+      handed_out[data] = bytes;
+    } catch (const std::bad_alloc &) {
+      return; /* less is kept, then */
+    }
+    pool.used += bytes;
+  } else {
+    const auto known = handed_out.find(data);
+    if (known == handed_out.end()) return;
+    pool.used -= known->second;
+    handed_out.erase(known);
+  }
+  move_limit(pool);
 }
 
 lola_status allocate_host(int64_t bytes, void **data, lola_message *message) {
@@ -226,20 +250,22 @@ lola_status lola_cuda_allocate(int device, int64_t bytes, void *stream, void **d
     return lola_fail(message, LOLA_VALUE_ERROR, "device must be from 0 to %d, got %d", MAX_DEVICES - 1, device);
   lola_device_scope scope(device, message);
   if (scope.status) return scope.status;
-  memory_pool pool;
+  cudaMemPool_t pool;
+  const size_t asked = static_cast<size_t>(bytes ? bytes : 1);
   lola_status status = pool_of(device, &pool, message);
-  if (status) return status;
-  keep_free_memory(pool);
-  return lola_cuda_allocation_status(
-      cudaMallocFromPoolAsync(data, static_cast<size_t>(bytes ? bytes : 1), pool.pool, as_stream(stream)), bytes,
-      message);
+  if (!status)
+    status = lola_cuda_allocation_status(cudaMallocFromPoolAsync(data, asked, pool, as_stream(stream)), bytes, message);
+  if (!status) count_memory(device, *data, asked);
+  return status;
 }
 
 void lola_cuda_release(int device, void *data, void *stream) {
   if (!data) return;
   lola_message ignored;
   lola_device_scope scope(device, &ignored);
-  if (!scope.status && cudaFreeAsync(data, as_stream(stream)) != cudaSuccess) cudaGetLastError();
+  if (scope.status) return;
+  count_memory(device, data, 0); /* before another thread can be given the same memory */
+  if (cudaFreeAsync(data, as_stream(stream)) != cudaSuccess) cudaGetLastError();
 }
 
 const lola_cuda_api *lola_cuda_table(void) {

@@ -1,9 +1,10 @@
 """Streams, graphs, waiting and memory: what a serving loop relies on.
 
 Proved here: work goes to the caller's current stream, or to stream=; a cache used on another stream waits for its last use;
-neither prefill nor decoding waits for the device; decoding takes no memory; a captured decode step replays over hundreds
-of steps, updates included, with the bits of eager calls; threads may use caches of their own; what does not fit raises
-MemoryError, says how many bytes, and changes nothing.
+neither prefill nor decoding waits for the device; decoding takes no memory, prefill no more for longer calls, and what it
+takes is kept for the next one; a captured decode step replays over hundreds of steps, updates included, with the bits of
+eager calls; threads may use caches of their own; what does not fit raises MemoryError, says how many bytes, and changes
+nothing.
 """
 
 import contextlib
@@ -555,10 +556,11 @@ def test_scratch_does_not_grow_with_the_length():
 
 
 def test_scratch_is_kept_for_the_next_call():
-    """However much memory caches take: mapping it anew takes longer than many a call."""
+    """However much memory caches take: mapping it anew takes longer than many a call. Dropped caches are given back."""
     import torch
     data = build(LAYER.but(B=1, T=4096, Hq=8, Hkv=2))
-    large = lola.Cache(lola.Config(window=64, chunk=64, sparse=64), batch=1200, heads=32, head_dim=128, feature_dim=128, device=DEVICE)
+    config = lola.Config(window=64, chunk=64, sparse=64)
+    large = lola.Cache(config, batch=1200, heads=32, head_dim=128, feature_dim=128, device=DEVICE)
     cache, tokens = new_cache(data), {n: tensor(data.stored[n]) for n in "qkv"}
     pool = Pool(cache)
     assert large.nbytes > 2 ** 31 and pool.used > large.nbytes
@@ -571,6 +573,10 @@ def test_scratch_is_kept_for_the_next_call():
         free.append(pool.free)
         assert pool.free >= pool.most - before > 2 ** 20
     assert free[1] == free[2]
+    del large
+    gc.collect()
+    torch.cuda.synchronize()
+    assert pool.free <= 2 ** 31
 
 
 def test_a_cache_that_does_not_fit():
