@@ -10,6 +10,7 @@
 #ifndef LOLA_CUDA_SCAN_CUH
 #define LOLA_CUDA_SCAN_CUH
 
+#include "cuda/attend_instructions.cuh"
 #include "cuda/segment.cuh"
 
 /* --- the schedule, as core/schedule.h has it ---------------------------------------------------------------------- */
@@ -174,15 +175,9 @@ static __device__ inline void lola_split(float x, __nv_bfloat16 *hi, __nv_bfloat
   *lo = __float2bfloat16_rn(x - __bfloat162float(*hi));
 }
 
-static __device__ inline unsigned lola_round_pair(float x, float y) {
-  unsigned pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-  return pair;
-}
-
 static __device__ inline void lola_split_pair(float x, float y, unsigned *hi, unsigned *lo) {
-  *hi = lola_round_pair(x, y);
-  *lo = lola_round_pair(x - __uint_as_float(*hi << 16), y - __uint_as_float(*hi & 0xffff0000u));
+  *hi = pack<__nv_bfloat16>(x, y);
+  *lo = pack<__nv_bfloat16>(x - __uint_as_float(*hi << 16), y - __uint_as_float(*hi & 0xffff0000u));
 }
 
 /* Two 16-bit elements of T as float32. */
