@@ -27,7 +27,7 @@ struct query_block {
  * tokens; strides in bytes. Kept in shared memory: it is read once for each pair of a tile. */
 struct pair_places {
   const int32_t *sources;
-  int sparse, window_code, ring, ring_start; /* ring slots; the slot of the span's first position */
+  int sparse, window_code, ring, ring_start; /* ring slots; the slot of the row's first position in the call */
   const char *key[3], *value[3];
   int64_t key_stride[3], value_stride[3];
 };
@@ -63,7 +63,7 @@ __device__ __forceinline__ bool open_block(const lola_device_segment &g, int rec
   block->tokens = static_cast<int>(end - first);
   block->sparse = g.L ? g.source_count[list] : 0;
   block->seen = block->sparse + static_cast<int>(position + first - window + 1);
-  block->window_code = static_cast<int>(window - (position - g.R));
+  block->window_code = static_cast<int>(window - (lola_device_origin(span) - g.R));
   block->sources = g.sources + list * g.L;
   return true;
 }
@@ -78,13 +78,13 @@ __device__ __forceinline__ void place_pairs(const lola_device_segment &g, const 
   places->sparse = block.sparse;
   places->window_code = block.window_code;
   places->ring = static_cast<int>(g.R);
-  places->ring_start = static_cast<int>(span.position % g.R);
+  places->ring_start = static_cast<int>(lola_device_origin(span) % g.R);
   places->key[0] = static_cast<const char *>(g.sparse_keys) + slots * g.D * item;
   places->value[0] = static_cast<const char *>(g.sparse_values) + slots * g.Dv * item;
   places->key[1] = static_cast<const char *>(g.window_keys) + ring * g.D * item;
   places->value[1] = static_cast<const char *>(g.window_values) + ring * g.Dv * item;
-  places->key[2] = lola_device_at(g.k, span.batch, span.first, kv_head);
-  places->value[2] = lola_device_at(g.v, span.batch, span.first, kv_head);
+  places->key[2] = lola_device_at(g.k, span.batch, lola_device_first(span), kv_head);
+  places->value[2] = lola_device_at(g.v, span.batch, lola_device_first(span), kv_head);
   for (int i = 0; i < 2; i++) {
     places->key_stride[i] = g.D * item;
     places->value_stride[i] = g.Dv * item;

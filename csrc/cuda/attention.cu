@@ -97,6 +97,7 @@ workspace_layout lay_out_workspace(const lola_cache *cache, pieces *from) {
   return w;
 }
 
+/* Of what the cache holds. */
 void take_phi(pieces *from, lola_device_segment *g) {
   int64_t item = lola_device_item(g->dtype), heads = static_cast<int64_t>(g->B) * g->Hq;
   from->take(g->slot_phi, heads * g->L * g->F * item);
@@ -105,21 +106,12 @@ void take_phi(pieces *from, lola_device_segment *g) {
 
 void take_records(pieces *from, lola_device_segment *g) {
   int64_t item = lola_device_item(g->dtype), rows = static_cast<int64_t>(g->tokens) * g->Hq;
-  from->take(g->token_phi, rows * g->F * item);
+  from->take(g->token_phi, static_cast<int64_t>(g->key_rows) * g->Hq * g->F * item);
   from->take(g->query_phi, rows * g->F * item);
   from->take(g->recalled, rows * g->Dv * 4);
   from->take(g->z, rows * 4);
   from->take(g->sources, static_cast<int64_t>(g->chunk_records) * g->S * g->L * 4);
   from->take(g->source_count, static_cast<int64_t>(g->chunk_records) * g->S * 4);
-}
-
-void take_pairs(pieces *from, const lola_device_segment &g, lola_device_pairs *pairs) {
-  const int64_t item = lola_device_item(g.dtype), ring = static_cast<int64_t>(g.B) * g.Hkv * g.R,
-                slots = static_cast<int64_t>(g.B) * g.S * g.L;
-  from->take(pairs->window_keys, ring * g.D * item);
-  from->take(pairs->window_values, ring * g.Dv * item);
-  from->take(pairs->sparse_keys, slots * g.D * item);
-  from->take(pairs->sparse_values, slots * g.Dv * item);
 }
 
 /* --- the call ---------------------------------------------------------------------------------------------------- */
@@ -168,7 +160,6 @@ lola_device_segment begin(const lola_cache *cache, const lola_cuda_call *call) {
   g.window_values = cache->window_values;
   g.sparse_keys = cache->sparse_keys;
   g.sparse_values = cache->sparse_values;
-  g.next = lola_device_pairs{g.window_keys, g.window_values, g.sparse_keys, g.sparse_values};
   g.window_features = cache->window_features;
   g.sparse_features = cache->sparse_features;
   g.sparse_scores = cache->sparse_scores;
@@ -200,13 +191,12 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
 
 struct prefill_plan {
   call_cuts cuts;
-  int64_t batch;         /* rows of the call's arrays */
-  bool packed, overlaps; /* phases of neighbouring segments run beside each other */
+  int64_t batch; /* rows of the call's arrays */
+  bool overlaps; /* phases of neighbouring segments run beside each other */
 };
 
 prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
-  prefill_plan plan = {{rows.tokens, 0, 0, 0}, g.B, rows.cu_seqlens.data != nullptr, false};
-  if (plan.packed) plan.batch = 1;
+  prefill_plan plan = {{rows.tokens, 0, 0, 0}, g.packed ? 1 : g.B, false};
   int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
   /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
   int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
@@ -235,11 +225,12 @@ prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
 /* Sizes of a segment of so many offsets. */
 void size_segment(const prefill_plan &plan, int64_t part, lola_device_segment *g) {
   g->tokens = static_cast<int>(plan.batch * part);
+  g->key_rows = static_cast<int>(g->packed ? part + g->B * g->C : plan.batch * lola_key_pitch(*g, part));
   g->longest = part;
-  g->chunk_records = static_cast<int>(plan.packed ? part / g->C + 2 * g->B + 1 : plan.batch * (part / g->C + 2));
+  g->chunk_records = static_cast<int>(g->packed ? part / g->C + 2 * g->B + 1 : plan.batch * (part / g->C + 2));
 }
 
-/* Scratch of segments that take turns, from what they have in common; its bytes. The first reads the cache's pairs. */
+/* Scratch of segments that take turns, from what they have in common; its bytes. */
 int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &common, char *memory,
                         lola_device_segment (&turns)[2]) {
   pieces from = {memory};
@@ -250,25 +241,17 @@ int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &com
   take_phi(&from, &even);
   odd = even;
   take_records(&from, &even);
-  if (plan.overlaps) {
+  if (plan.overlaps)
     take_records(&from, &odd);
-    take_pairs(&from, common, &even.next);
-    odd.window_keys = even.next.window_keys;
-    odd.window_values = even.next.window_values;
-    odd.sparse_keys = even.next.sparse_keys;
-    odd.sparse_values = even.next.sparse_values;
-  } else {
+  else
     odd = even;
-  }
   return from.used;
 }
 
 /* Every kernel of the loop awaits all before it, but attend of the segment before and features of the next one's
  * tokens, which start once the scan's blocks have: whatever came before that scan has ended. Beside it they read spans,
- * the call's arrays and what their own segment's turn holds since then, and write outputs and features of the next
- * turn, which the last scan but one was the last to read. Commit awaits them before it overwrites the pairs that attend
- * read.
- */
+ * the call's arrays, the cache's pairs, which stay as they are until commit, and what their own segment's turn holds
+ * since then, and write outputs and features of the next turn, which the last scan but one was the last to read. */
 lola_status prefill(const lola_device_segment &common, const call_rows &rows, const lola_cuda_call *call,
                     lola_message *message) {
   cudaStream_t stream = static_cast<cudaStream_t>(call->stream);
@@ -284,7 +267,6 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
     lola_device_segment g = turns[i % 2];
     size_segment(plan, segment_length(cuts, i), &g);
     g.spans += i * g.B;
-    if (i + 1 == cuts.segments) g.next = common.next; /* the cache's */
     return g;
   };
   plan_kernel<<<blocks_for(cuts.segments * common.B), THREADS, 0, stream>>>(turns[0], rows, cuts);
@@ -292,8 +274,8 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
   for (int64_t i = 0; i < cuts.segments && !status; i++) {
     const lola_device_segment g = segment_at(i);
     const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == cuts.segments;
-    const int parts = LOLA_FEATURES_OF_CACHE | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
-    status = lola_cuda_segment_features(&g, parts, 0, nullptr, stream, message);
+    const int parts = (i == 0 ? LOLA_FEATURES_OF_CACHE : 0) | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
+    if (parts) status = lola_cuda_segment_features(&g, parts, 0, nullptr, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
     if (!status && !begins) {
       const lola_device_segment before = segment_at(i - 1);
@@ -304,7 +286,10 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
       status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, nullptr, stream, message);
     }
     if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
-    if (!status) status = lola_cuda_commit(&g, i + 1 == cuts.segments, stream, message);
+  }
+  if (!status) {
+    const lola_device_segment first = segment_at(0);
+    status = lola_cuda_commit(&first, stream, message);
   }
   lola_cuda_release(call->device, scratch, call->stream);
   return status;
@@ -379,6 +364,10 @@ lola_status lola_cuda_attention(lola_cache *cache, void *workspace, const lola_c
   if (scope.status) return scope.status;
   lola_device_segment g = begin(cache, call);
   call_rows rows = rows_of(call);
+  g.packed = rows.cu_seqlens.data != nullptr;
+  g.longest_in_call = rows.tokens;
+  if (rows.tokens > INT32_MAX - g.R)
+    return lola_fail(message, LOLA_VALUE_ERROR, "too many tokens in one call: pass fewer at a time");
   pieces from = {static_cast<char *>(workspace)};
   workspace_layout kept = lay_out_workspace(cache, &from);
   g.spans = kept.spans;
@@ -386,7 +375,7 @@ lola_status lola_cuda_attention(lola_cache *cache, void *workspace, const lola_c
   g.barriers = kept.barriers;
   g.exchange = kept.exchange;
   g.exchange_bytes = lola_cuda_scan_exchange_bytes(cache);
-  int64_t batch = rows.cu_seqlens.data ? 1 : g.B;
+  int64_t batch = g.packed ? 1 : g.B;
   if (rows.starts.data || rows.stops.data || rows.cu_seqlens.data) {
     int64_t threads = batch * rows.tokens * g.Hq;
     if (threads > INT64_C(0x7fffffff) * THREADS)

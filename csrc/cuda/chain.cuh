@@ -5,8 +5,8 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, but in a commit with which no call ends, in decoding's
- * scan and merge, which hold nobody up, and in kernels beside others. Decoding's main kernel comes behind that scan and
+ * lola_device_start_next comes after lola_device_await_previous, but in a commit of sparse slots, in decoding's scan
+ * and merge, which hold nobody up, and in kernels beside others. Decoding's main kernel comes behind that scan and
  * builds on it: once it has started, features has begun behind its wait, so all that came before features has ended. An
  * update that computes its features itself (scan_update.cuh) comes in the place of both and before the kernel of the
  * queries, which runs beside it, and so does the main kernel: decode_rows.cuh has the signals that they wait for. In a

@@ -1,10 +1,9 @@
-/* commit: what a segment leaves behind in the cache's buffers, after every kernel that reads their old content.
+/* commit: what a call leaves behind in the cache's buffers, after every kernel that reads their old content.
  *
  * The sparse part copies keys, values and a caller's own features of pairs that entered the sparse cache into their
  * slots; they come from the window ring or the call's arrays, never from a slot, so the order of copies is free.
- * The window part copies the last R tokens of each span into the ring, then advances tokens_seen and chunks.
- * Where keys and values go to others than those that the segment read (`next`), what stays in its place is copied too;
- * then one launch does both parts. Else the sparse part reads what the window part overwrites, and comes first.
+ * The window part copies the last R tokens of each row into the ring, then advances tokens_seen and chunks. The sparse
+ * part reads what it overwrites, and comes first.
  * Each part gives a row a few blocks whose teams share its work; a row without work costs a block one look at its span.
  * Launched chained, the kernel lets the next one start at once: decoding waits for it where it matters. */
 #include "chain.cuh"
@@ -21,11 +20,6 @@ constexpr int64_t MOST_BLOCKS = 384;
 
 __device__ __forceinline__ lola_dtype feature_type(const lola_device_segment &g) {
   return g.dtype == LOLA_FLOAT32 ? LOLA_FLOAT32 : LOLA_BFLOAT16;
-}
-
-/* Whether `next` is another copy of the cache's pairs. */
-__host__ __device__ __forceinline__ bool carries(const lola_device_segment &g) {
-  return g.next.window_keys != g.window_keys;
 }
 
 __host__ __device__ __forceinline__ int64_t runs_of(int64_t slots) { return (slots + TEAM_SLOTS - 1) / TEAM_SLOTS; }
@@ -64,8 +58,7 @@ __device__ __forceinline__ void copy_features(char *to, lola_dtype to_type, cons
 /* Part `part` of `parts` of a row's sparse slots. */
 __device__ __forceinline__ void commit_sparse(const lola_device_segment &g, const lola_device_span &span, int row,
                                               int part, int parts) {
-  const bool updated = span.tokens && (span.position + span.tokens - 1) / g.C > span.updated, carry = carries(g);
-  if (!updated && !carry) return;
+  if (span.tokens == 0 || (span.position + span.tokens - 1) / g.C <= span.updated) return;
   const int member = threadIdx.x % TEAM;
   const unsigned team = 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
@@ -76,17 +69,16 @@ __device__ __forceinline__ void commit_sparse(const lola_device_segment &g, cons
     const int64_t group = static_cast<int64_t>(row) * g.S + set, first = i % runs * TEAM_SLOTS;
     const int64_t count = g.sparse_count[group];
     const int own = static_cast<int>(first) + member; /* whose source this lane looks up */
-    const bool used = member < TEAM_SLOTS && own < count;
-    const int code = used && updated ? g.slot_source[group * g.L + own] : -own - 1;
+    const int code = member < TEAM_SLOTS && own < count ? g.slot_source[group * g.L + own] : -1;
 #pragma unroll 1
     for (int j = 0; j < TEAM_SLOTS && first + j < count; j++) {
       const int source = __shfl_sync(team, code, j, TEAM);
-      if (source < 0 && !carry) continue;
+      if (source < 0) continue;
       const int64_t slot = group * g.L + first + j;
-      copy_pair(static_cast<char *>(g.next.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
-                key_bytes, static_cast<char *>(g.next.sparse_values) + slot * value_bytes,
+      copy_pair(static_cast<char *>(g.sparse_keys) + slot * key_bytes, lola_device_key(g, span, row, set, source),
+                key_bytes, static_cast<char *>(g.sparse_values) + slot * value_bytes,
                 lola_device_value(g, span, row, set, source), value_bytes);
-      for (int h = set * g.rs; source >= 0 && g.stores_features && h < (set + 1) * g.rs; h++) {
+      for (int h = set * g.rs; g.stores_features && h < (set + 1) * g.rs; h++) {
         const int64_t head = static_cast<int64_t>(row) * g.Hq + h, bytes = g.F * lola_device_item(type);
         char *to = static_cast<char *>(g.sparse_features) + (head * g.L + first + j) * bytes;
         if (source < g.R)
@@ -105,12 +97,10 @@ __device__ __forceinline__ void commit_sparse(const lola_device_segment &g, cons
 /* The same of its ring. A team writes one token of one KV head at a time. */
 __device__ __forceinline__ void commit_window(const lola_device_segment &g, const lola_device_span &span, int row,
                                               int part, int parts) {
-  const bool carry = carries(g);
-  if (span.tokens == 0 && !carry) return;
+  if (span.tokens == 0) return;
   const int member = threadIdx.x % TEAM, sets = g.S / g.Hkv;
   const int64_t item = lola_device_item(g.dtype), key_bytes = g.D * item, value_bytes = g.Dv * item;
-  /* Tokens of the span, and with `carry` those before it. */
-  const int64_t begin = max(span.tokens - g.R, carry ? -span.position : INT64_C(0));
+  const int64_t begin = max(span.tokens - g.R, INT64_C(0));
   const lola_dtype type = feature_type(g);
   for (int64_t i = part * TEAMS + threadIdx.x / TEAM; i < (span.tokens - begin) * g.Hkv;
        i += static_cast<int64_t>(parts) * TEAMS) {
@@ -118,11 +108,9 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
     const int64_t t = begin + i / g.Hkv, slot = (span.position + t) % g.R;
     const int64_t at = (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R + slot;
     const int code = static_cast<int>(g.R + t);
-    copy_pair(static_cast<char *>(g.next.window_keys) + at * key_bytes,
-              lola_device_key(g, span, row, kv_head * sets, code), key_bytes,
-              static_cast<char *>(g.next.window_values) + at * value_bytes,
+    copy_pair(static_cast<char *>(g.window_keys) + at * key_bytes, lola_device_key(g, span, row, kv_head * sets, code),
+              key_bytes, static_cast<char *>(g.window_values) + at * value_bytes,
               lola_device_value(g, span, row, kv_head * sets, code), value_bytes);
-    if (t < 0) continue;
     for (int s = member; g.scores.data && s < sets; s += TEAM)
       lola_device_keep_given(g, row, kv_head * sets + s, slot, span.batch, span.first + t);
     for (int h = kv_head * g.r; g.stores_features && h < (kv_head + 1) * g.r; h++)
@@ -130,7 +118,7 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
                         ((static_cast<int64_t>(row) * g.Hq + h) * g.R + slot) * g.F * lola_device_item(type),
                     type, lola_device_at(g.k_features, span.batch, span.first + t, h), g.k_features.dtype, g.F);
   }
-  if (span.tokens && part == 0 && threadIdx.x == 0) {
+  if (part == 0 && threadIdx.x == 0) {
     const int64_t chunk = (span.position + span.tokens - 1) / g.C;
     g.tokens_seen[row] = span.position + span.tokens;
     if (chunk > g.chunks[row]) g.chunks[row] = chunk;
@@ -138,18 +126,18 @@ __device__ __forceinline__ void commit_window(const lola_device_segment &g, cons
   }
 }
 
-/* A row has blocks for its sparse slots, then blocks for its ring. Where the call `ends` with it, the next kernel may
- * be an update, which looks at counters before it awaits this one: it starts when all blocks have ended. */
+/* A row has blocks for its sparse slots or blocks for its ring. Behind these the next kernel may be an update, which
+ * looks at counters before it awaits this one: it starts when all blocks have ended. */
 __global__ void __launch_bounds__(THREADS, 3)
-    commit_kernel(const __grid_constant__ lola_device_segment g, int sparse_blocks, int window_blocks, int ends) {
-  if (!ends) lola_device_start_next();
-  const int blocks = sparse_blocks + window_blocks, row = blockIdx.x / blocks, part = blockIdx.x % blocks;
+    commit_kernel(const __grid_constant__ lola_device_segment g, int blocks, int window) {
+  if (!window) lola_device_start_next();
+  const int row = blockIdx.x / blocks, part = blockIdx.x % blocks;
   lola_device_await_previous();
-  const lola_device_span span = g.spans[row];
-  if (part < sparse_blocks)
-    commit_sparse(g, span, row, part, sparse_blocks);
+  const lola_device_span span = lola_device_call_span(g.spans[row]);
+  if (window)
+    commit_window(g, span, row, part, blocks);
   else
-    commit_window(g, span, row, part - sparse_blocks, window_blocks);
+    commit_sparse(g, span, row, part, blocks);
 }
 
 /* Blocks per row for work that keeps so many teams of it busy. */
@@ -159,39 +147,29 @@ int blocks_for(int64_t teams, int B) {
   return blocks < 1 ? 1 : static_cast<int>(blocks);
 }
 
-int sparse_blocks_for(const lola_device_segment &g) { return g.L ? blocks_for(runs_of(g.L) * g.S, g.B) : 0; }
-
-int window_blocks_for(const lola_device_segment &g) {
-  const int64_t tokens = g.tokens < g.R && !carries(g) ? g.tokens : g.R;
-  return blocks_for(tokens * g.Hkv, g.B);
-}
-
-lola_status launch(const lola_device_segment &g, int sparse_blocks, int window_blocks, int ends, cudaStream_t stream,
+lola_status launch(const lola_device_segment &g, int row_blocks, int window, cudaStream_t stream,
                    lola_message *message) {
-  const int64_t blocks = static_cast<int64_t>(g.B) * (sparse_blocks + window_blocks);
+  const int64_t blocks = static_cast<int64_t>(g.B) * row_blocks;
   if (!blocks) return LOLA_OK;
   if (blocks > INT64_C(0x7fffffff))
     return lola_fail(message, LOLA_VALUE_ERROR, "a batch of %d is too large: pass fewer rows", g.B);
-  return lola_cuda_launched(lola_cuda_launch_chained(commit_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream,
-                                                     g, sparse_blocks, window_blocks, ends),
-                            "commit", message);
+  return lola_cuda_launched(
+      lola_cuda_launch_chained(commit_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream, g, row_blocks, window),
+      "commit", message);
 }
 
 } // namespace
 
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
-  return segment->B ? launch(*segment, sparse_blocks_for(*segment), 0, 0, stream, message) : LOLA_OK;
+  const lola_device_segment &g = *segment;
+  return g.B && g.L ? launch(g, blocks_for(runs_of(g.L) * g.S, g.B), 0, stream, message) : LOLA_OK;
 }
 
-lola_status lola_cuda_commit(const lola_device_segment *segment, int ends, cudaStream_t stream, lola_message *message) {
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B) return LOLA_OK;
-  int sparse_blocks = sparse_blocks_for(g);
-  /* A caller's own features stay where they are. */
-  if (!carries(g) || g.stores_features) {
-    lola_status status = launch(g, sparse_blocks, 0, 0, stream, message);
-    if (status) return status;
-    sparse_blocks = 0;
-  }
-  return launch(g, sparse_blocks, window_blocks_for(g), ends, stream, message);
+  const int64_t tokens = g.longest_in_call < g.R ? g.longest_in_call : g.R;
+  lola_status status = lola_cuda_commit_sparse(segment, stream, message);
+  if (!status) status = launch(g, blocks_for(tokens * g.Hkv, g.B), 1, stream, message);
+  return status;
 }

@@ -113,22 +113,32 @@ __device__ feature_tile tile_at(const feature_job &job, const row_list &list, in
   }
 }
 
-/* Whether the cache row has folded pairs when the segment ends: a set keeps L of the pairs that have left the window.
+/* Whether the cache row has folded pairs in the end: a set keeps L of the pairs that have left the window.
  * What the cache counts says the same, but not beside the scan that changes it. */
 __device__ bool has_folded(const lola_device_segment &g, const lola_device_leaving &leaving) {
   return leaving.end > g.L;
 }
 
-/* Whether it folds any in this segment. */
+/* Whether it folds any meanwhile. */
 __device__ bool folds_now(const lola_device_segment &g, const lola_device_leaving &leaving) {
   return leaving.end > leaving.first && has_folded(g, leaving);
 }
 
-/* The cache row that the token at `index` of the per-token arrays belongs to, or -1; `hint` is where to look first. */
-__device__ int owner_of(const lola_device_segment &g, int64_t index, int hint) {
-  for (int i = 0, row = hint; i < g.B; i++) {
+/* The cache row that the token at `index` of the per-token arrays, or of token_phi, belongs to, or -1; `hint` is where
+ * to look first. */
+__device__ int owner_of(const lola_device_segment &g, source_kind kind, int64_t index, int hint) {
+  const auto owns = [&](int row) {
     const lola_device_span &span = g.spans[row];
-    if (index >= span.token && index < static_cast<int64_t>(span.token) + span.tokens) return row;
+    const int64_t at = index - (kind == KEYS ? span.key : span.token);
+    return at >= 0 && at < (kind == KEYS ? span.keys : span.tokens);
+  };
+  if (!g.packed) {
+    const int64_t pitch = kind == KEYS ? lola_key_pitch(g, g.longest) : g.longest;
+    const int row = static_cast<int>(static_cast<unsigned>(index) / static_cast<unsigned>(pitch));
+    return owns(row) ? row : -1;
+  }
+  for (int i = 0, row = hint; i < g.B; i++) {
+    if (owns(row)) return row;
     if (++row == g.B) row = 0;
   }
   return -1;
@@ -150,7 +160,7 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   if (tile.kind == SLOTS || tile.kind == RING) {
     const int64_t group = static_cast<int64_t>(tile.row) * g.Hq + tile.head, set = tile.head / g.rs;
     const lola_device_span &span = g.spans[tile.row];
-    const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
+    const lola_device_leaving leaving = lola_device_call_leaving(g, span);
     if (!folds_now(g, leaving)) return false;
     *dtype = given ? job.target : g.dtype;
     if (tile.kind == SLOTS) {
@@ -162,7 +172,7 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
       return true;
     }
     const int64_t position = leaving.first + at;
-    if (position >= leaving.end || position >= span.position) return false;
+    if (position >= leaving.end || position >= lola_device_origin(span)) return false;
     const int64_t slot = position % g.R;
     *to = static_cast<char *>(g.ring_phi) + (group * g.R + slot) * g.F * item;
     *from = given ? static_cast<const char *>(g.window_features) + (group * g.R + slot) * g.F * item
@@ -170,25 +180,25 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
                         ((static_cast<int64_t>(tile.row) * g.Hkv + tile.head / g.r) * g.R + slot) * g.D * item;
     return true;
   }
-  if (at >= g.tokens) return false;
-  const int row = owner_of(g, at, *hint);
+  if (at >= (tile.kind == KEYS ? g.key_rows : g.tokens)) return false;
+  const int row = owner_of(g, static_cast<source_kind>(tile.kind), at, *hint);
   if (row < 0) return false;
   *hint = row;
   const lola_device_span &span = g.spans[row];
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-  const int64_t offset = at - span.token, group = at * g.Hq + tile.head;
+  const int64_t group = at * g.Hq + tile.head;
   if (tile.kind == KEYS) {
-    if (!folds_now(g, leaving) || span.position + offset >= leaving.end) return false;
+    if (!folds_now(g, lola_device_call_leaving(g, span))) return false;
     *to = static_cast<char *>(g.token_phi) + group * g.F * item;
     const lola_array &x = given ? g.k_features : g.k;
-    *from = lola_device_at(x, span.batch, span.first + offset, given ? tile.head : tile.head / g.r);
+    *from = lola_device_at(x, span.batch, lola_device_first(span) + span.key_at + at - span.key,
+                           given ? tile.head : tile.head / g.r);
     *dtype = x.dtype;
     return true;
   }
-  if (!has_folded(g, leaving)) return false;
+  if (!has_folded(g, lola_device_segment_leaving(g, span))) return false;
   *to = static_cast<char *>(g.query_phi) + group * g.F * item;
   const lola_array &x = given ? g.q_features : g.q;
-  *from = lola_device_at(x, span.batch, span.first + offset, tile.head);
+  *from = lola_device_at(x, span.batch, span.first + at - span.token, tile.head);
   *dtype = x.dtype;
   return true;
 }
@@ -215,7 +225,7 @@ __device__ bool list_rows(const feature_job &job, row_list *list) {
   bool any = false;
   for (int base = 0; by_row && base < B; base += blockDim.x) {
     const int row = base + threadIdx.x;
-    const bool needed = row < B && folds_now(job.g, lola_device_segment_leaving(job.g, job.g.spans[row]));
+    const bool needed = row < B && folds_now(job.g, lola_device_call_leaving(job.g, job.g.spans[row]));
     any |= needed;
     if (all) continue;
     const unsigned bits = __ballot_sync(0xffffffffu, needed);
@@ -364,7 +374,9 @@ __device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloa
 }
 
 /* Rows of a warp's tile: the more, the less often the weights are read from shared memory. */
-template <int PRODUCTS> struct tensor_tile { static constexpr int ROWS = PRODUCTS <= 8 ? 32 : 16; };
+template <int PRODUCTS> struct tensor_tile {
+  static constexpr int ROWS = PRODUCTS <= 8 ? 32 : 16;
+};
 
 /* A block takes a run of tiles; those of one head and side are dealt out to its warps, which share the weights and
  * nothing else. A warp asks for its next rows as soon as it has multiplied those before. */
@@ -743,11 +755,11 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int p
     rows[job.count++] = count;
   };
   if (parts & LOLA_FEATURES_OF_CACHE) {
-    const int64_t leave = (g.longest + g.C - 1) / g.C * g.C; /* a chunk's pairs when a chunk begins */
+    const int64_t leave = lola_key_pitch(g, g.longest_in_call);
     add(SLOTS, g.L);
     add(RING, leave < g.R ? leave : g.R);
   }
-  if (tokens) add(KEYS, g.tokens);
+  if (tokens) add(KEYS, g.key_rows);
   const int64_t row_bytes = static_cast<int64_t>(g.D) * lola_device_item(g.dtype);
   job.vector_x = row_bytes % 16 == 0 && (!tokens || lola_device_rows_are_aligned(g.k));
   job.vector_q = tokens && lola_device_rows_are_aligned(g.q);

@@ -2,7 +2,7 @@
 #ifndef LOLA_CUDA_PLAN_CUH
 #define LOLA_CUDA_PLAN_CUH
 
-#include "segment.cuh"
+#include "scan.cuh"
 
 struct call_rows {
   lola_index starts, stops, cu_seqlens;
@@ -30,13 +30,18 @@ __device__ inline void row_range(const call_rows &rows, int row, int64_t *start,
   }
 }
 
+/* Tokens of a row that leave its window with `count` tokens, at most. */
+__host__ __device__ inline int64_t lola_key_pitch(const lola_device_segment &g, int64_t count) {
+  return (count + g.C - 1) / g.C * g.C;
+}
+
 /* A row's span of the offsets first .. first+count-1, where the call's offsets before `first` were entered, or will
  * have been. */
 __device__ inline lola_device_span span_of(const lola_device_segment &g, const call_rows &rows, int row, int64_t first,
                                            int64_t count) {
   int64_t start, stop;
   row_range(rows, row, &start, &stop);
-  const int64_t before = max(min(stop, first) - start, INT64_C(0));
+  const int64_t before = max(min(stop, first) - start, INT64_C(0)), in_call = stop - start;
   start = max(start, first);
   stop = min(stop, first + count);
   bool packed = rows.cu_seqlens.data;
@@ -46,6 +51,8 @@ __device__ inline lola_device_span span_of(const lola_device_segment &g, const c
   if (before) span.updated = max(span.updated, (span.position - 1) / g.C);
   span.batch = packed ? 0 : row;
   span.first = start;
+  span.before = before;
+  span.in_call = in_call;
   if (stop > start) {
     span.tokens = static_cast<int32_t>(stop - start);
     span.chunks = static_cast<int32_t>((span.position + span.tokens - 1) / g.C - span.position / g.C + 1);
@@ -54,6 +61,13 @@ __device__ inline lola_device_span span_of(const lola_device_segment &g, const c
   /* Chunk records are counted so that no prefix sum is needed: n tokens touch at most n / C + 2 chunks. They ascend
    * with the row, idle ones too, so that a record's row can be searched for. */
   span.chunk = static_cast<int32_t>(packed ? (start - first) / g.C + 2 * row : row * (count / g.C + 2));
+  if (rows.tokens == 1) return span; /* what leaves the window came before the call */
+  /* And n tokens touch no more updates than n / C, rounded up. */
+  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
+  const int64_t origin = lola_device_origin(span), key = max(leaving.first, origin);
+  span.keys = static_cast<int32_t>(max(leaving.end - key, INT64_C(0)));
+  span.key = packed ? start - first + row * g.C : row * lola_key_pitch(g, count);
+  span.key_at = key - origin;
   return span;
 }
 

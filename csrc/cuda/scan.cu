@@ -419,7 +419,7 @@ __device__ float given_score(const lola_device_segment &g, const scan_unit &unit
   float sum = 0;
   for (int h = 0; h < g.rs; h++)
     sum += *reinterpret_cast<const float *>(
-        lola_device_at(g.scores, unit.span.batch, unit.span.first + code - g.R, unit.set * g.rs + h));
+        lola_device_at(g.scores, unit.span.batch, lola_device_first(unit.span) + code - g.R, unit.set * g.rs + h));
   return sum;
 }
 
@@ -955,11 +955,12 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   progress->leaving = false;
   progress->recall_first = progress->recall_end = 0;
   for (int slot = threadIdx.x; slot < count; slot += THREADS) {
-    lists.code[slot] = -slot - 1;
+    const int code = unit.resumes ? g.slot_source[group * g.L + slot] : -slot - 1;
+    lists.code[slot] = code;
     lists.position[slot] = g.sparse_positions[group * g.L + slot];
     lists.slot_score[slot] = g.sparse_scores[group * g.L + slot];
     lists.phi[slot] = lola_device_phi(g, unit.span, row, unit.head, -slot - 1);
-    lists.value[slot] = lola_device_value(g, unit.span, row, set, -slot - 1);
+    lists.value[slot] = lola_device_value(g, unit.span, row, set, code);
     if (lists.given) lists.given[slot] = g.sparse_given[group * g.L + slot];
   }
   /* Where nothing is folded, now or before, the state is not needed. */
@@ -968,8 +969,20 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   __syncthreads();
 }
 
-/* Writes the unit back. Other blocks of the group read what block 0 writes here when they begin the unit, so that all
- * must have met in between (`met`). */
+/* The head's phi of pairs that entered slots, for the next segment's scan. */
+__device__ void keep_phi(const lola_device_segment &g, const pair_lists &lists, const scan_unit &unit, int count) {
+  const int64_t bytes = g.F * lola_device_item(g.dtype);
+  char *kept = const_cast<char *>(unit.sources[0][0].data);
+  for (int slot = threadIdx.x / 32; slot < count; slot += WARPS) {
+    char *to = kept + slot * bytes;
+    const char *from = lists.phi[slot];
+    for (int64_t i = threadIdx.x % 32 * 2; from != to && i < bytes; i += 64)
+      *reinterpret_cast<uint16_t *>(to + i) = *reinterpret_cast<const uint16_t *>(from + i);
+  }
+}
+
+/* Writes the unit back. Other blocks of the group read what block 0 writes here when they begin the unit, and phi of
+ * slots to its end, so that all must have met in between (`met`: since it began). */
 __device__ void end_unit(const lola_device_segment &g, const scan_plan &plan, const block_shared &shared,
                          scan_progress *progress, bool met, bool folded) {
   const scan_block &block = shared.block;
@@ -977,18 +990,25 @@ __device__ void end_unit(const lola_device_segment &g, const scan_plan &plan, co
   const pair_lists &lists = block.lists;
   const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
   const int count = progress->count;
-  if (block.rank == 0)
-    for (int slot = threadIdx.x; slot < count; slot += THREADS) g.slot_source[group * g.L + slot] = lists.code[slot];
+  const auto keep_sources = [&] {
+    for (int slot = threadIdx.x; block.rank == 0 && slot < count; slot += THREADS)
+      g.slot_source[group * g.L + slot] = lists.code[slot];
+  };
   const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
-  if (leaving.end <= leaving.first) return;
+  if (leaving.end <= leaving.first) {
+    if (!unit.resumes) keep_sources();
+    return;
+  }
   const int64_t folds = count - g.sparse_count[group]; /* pairs that entered; the rest of those that left were folded */
-  if (!met && plan.group_blocks > 1) {
+  if ((!met || unit.continues) && plan.group_blocks > 1) {
     arrive(block, progress);
     await(plan, block, *progress);
   } else {
     __syncthreads();
   }
   if (folded) store_state(g, plan, block, unit);
+  if (unit.continues && unit.folds && !block.column_block) keep_phi(g, lists, unit, count);
+  keep_sources();
   if (block.rank) return;
   for (int slot = threadIdx.x; slot < count; slot += THREADS) {
     g.sparse_positions[group * g.L + slot] = lists.position[slot];

@@ -35,7 +35,13 @@ static __device__ inline lola_device_leaving lola_device_segment_leaving(const l
   return leaving;
 }
 
-/* Whether the segment's updates fold anything into a set that holds `count` pairs. */
+/* The same of the segment and those of its call that come after it. */
+static __device__ inline lola_device_leaving lola_device_call_leaving(const lola_device_segment &g,
+                                                                      const lola_device_span &span) {
+  return lola_device_segment_leaving(g, lola_device_call_span(span));
+}
+
+/* Whether updates fold anything into a set that holds `count` pairs. */
 static __device__ inline bool lola_device_folds(const lola_device_segment &g, const lola_device_leaving &leaving,
                                                 int64_t count) {
   return leaving.end > leaving.first && count + leaving.end - leaving.first > g.L;

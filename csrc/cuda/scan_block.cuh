@@ -22,12 +22,13 @@ struct row_source {
 /* What a block knows of its unit, one (cache row, head set), the same for all threads until the next one. */
 struct scan_unit {
   lola_device_span span;
-  int64_t base; /* position of code 0 */
+  int64_t base; /* position of code 0 (segment.cuh) */
   int64_t last; /* chunk of the last token */
   int row, set, head;
   int ring;                 /* ring slot of code 0 */
   row_source sources[2][3]; /* phi and values: of sparse slots, of the ring, of tokens */
-  bool folds;               /* pairs are folded in this segment, so that their phi are there */
+  bool folds;               /* pairs are folded now or later in the call, so that their phi are there */
+  bool resumes, continues;  /* the call has tokens of the row before this segment, and behind it */
 };
 
 /* --- small things ----------------------------------------------------------------------------------------------- */
@@ -87,8 +88,7 @@ __device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_devic
                                   int count) {
   scan_unit unit;
   unit.span = span;
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
-  unit.base = unit.span.position - g.R;
+  unit.base = lola_device_origin(span) - g.R;
   unit.last = (unit.span.position + unit.span.tokens - 1) / g.C;
   unit.row = row;
   unit.set = set;
@@ -96,15 +96,17 @@ __device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_devic
   unit.ring = static_cast<int>(lola_device_ring_slot(unit.base, g.R));
   const int64_t item = lola_device_item(g.dtype), F = g.F * item, Dv = g.Dv * item;
   const int64_t state = static_cast<int64_t>(row) * g.Hq + unit.head, pairs = static_cast<int64_t>(row) * g.S + set;
-  const int64_t kv_head = set / (g.S / g.Hkv), token = static_cast<int64_t>(unit.span.token) * g.Hq + unit.head;
+  const int64_t kv_head = set / (g.S / g.Hkv), key = (span.key - span.key_at) * g.Hq + unit.head;
   unit.sources[0][0] = {static_cast<const char *>(g.slot_phi) + state * g.L * F, F};
   unit.sources[0][1] = {static_cast<const char *>(g.ring_phi) + state * g.R * F, F};
-  unit.sources[0][2] = {static_cast<const char *>(g.token_phi) + token * F, g.Hq * F};
+  unit.sources[0][2] = {static_cast<const char *>(g.token_phi) + key * F, g.Hq * F};
   unit.sources[1][0] = {static_cast<const char *>(g.sparse_values) + pairs * g.L * Dv, Dv};
   unit.sources[1][1] = {
       static_cast<const char *>(g.window_values) + (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R * Dv, Dv};
-  unit.sources[1][2] = {lola_device_at(g.v, unit.span.batch, unit.span.first, kv_head), g.v.stride_t * item};
-  unit.folds = lola_device_folds(g, leaving, count);
+  unit.sources[1][2] = {lola_device_at(g.v, span.batch, lola_device_first(span), kv_head), g.v.stride_t * item};
+  unit.folds = lola_device_folds(g, lola_device_call_leaving(g, span), count);
+  unit.resumes = span.before > 0;
+  unit.continues = span.before + span.tokens < span.in_call;
   return unit;
 }
 

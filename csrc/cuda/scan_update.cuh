@@ -315,6 +315,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
     span.position = due.position;
     span.batch = due.row; /* of no use: what leaves the window is not among the call's tokens */
     span.tokens = 1;
+    span.in_call = 1;
     span.updated = due.position / g.C - 1;
     shared.unit = scan_unit_of(g, span, due.row, due.set, head - due.set * g.rs, 0);
     shared.cut = HIGHEST;

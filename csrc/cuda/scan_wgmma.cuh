@@ -684,7 +684,9 @@ template <bool VECTOR> __device__ __forceinline__ unsigned load_word(const char 
 }
 
 /* Fragments of phi(q) of 64 pending tokens. */
-template <typename T> struct query_fragments { unsigned x[4 * T::panels][4]; };
+template <typename T> struct query_fragments {
+  unsigned x[4 * T::panels][4];
+};
 
 /* Asks for those of the pending tokens from `first` on. */
 template <typename T>
@@ -1133,8 +1135,9 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
   progress->recall_first = progress->recall_end = 0;
   for (int i = own_thread(); i < plan.rows; i += THREADS) {
     const bool pair = i < count;
-    t.code[i] = -i - 1;
-    t.value[i] = (pair ? row_of(g, unit, 1, -i - 1) : unit.sources[1][1].data) + block.column_block * COLUMNS * 2;
+    const int code = pair && unit.resumes ? g.slot_source[group * g.L + i] : -i - 1;
+    t.code[i] = code;
+    t.value[i] = (pair ? row_of(g, unit, 1, code) : unit.sources[1][1].data) + block.column_block * COLUMNS * 2;
     t.score[i] = pair ? g.sparse_scores[group * g.L + i] : NAN;
   }
   for (int i = own_thread(); unit.folds && i < count * T::phi_pieces; i += THREADS)
@@ -1160,11 +1163,33 @@ __device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const s
     g.folded[static_cast<int64_t>(unit.row) * g.Hq + unit.set * g.rs + h] += left - (count - before);
 }
 
+/* The head's phi of what the slots hold, for the next segment's scan; column blocks share the slots. The walkers. */
+template <typename T>
+__device__ __forceinline__ void keep_phi(const lola_device_segment &g, const cluster_plan &plan,
+                                         const block_place &block, const scan_unit &unit, int count) {
+  const int pieces = count * T::phi_pieces;
+#pragma unroll 1
+  for (int i = block.column_block * WALKERS + own_thread(); i < pieces; i += plan.column_blocks * WALKERS) {
+    const int slot = i / T::phi_pieces, piece = i % T::phi_pieces;
+    char *to = const_cast<char *>(unit.sources[0][0].data) + (static_cast<int64_t>(slot) * g.F + 8 * piece) * 2;
+    const uint4 x = piece_at(phi_at(plan, slot, piece));
+    if constexpr (T::vector) {
+      if (8 * piece < g.F) *reinterpret_cast<uint4 *>(to) = x;
+    } else {
+      const unsigned words[4] = {x.x, x.y, x.z, x.w};
+      for (int e = 0; e < 8 && 8 * piece + e < g.F; e++)
+        reinterpret_cast<uint16_t *>(to)[e] = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
+    }
+  }
+}
+
 /* Writes the unit back. All blocks of the cluster have read what it begins with. */
 template <typename T>
-__device__ __forceinline__ void end_unit(const lola_device_segment &g, const block_place &block, const scan_unit &unit,
-                                         const tables &t, const cluster_progress &progress, const hidden_part &h) {
+__device__ __forceinline__ void end_unit(const lola_device_segment &g, const cluster_plan &plan,
+                                         const block_place &block, const scan_unit &unit, const tables &t,
+                                         const cluster_progress &progress, const hidden_part &h) {
   if (unit.folds) store_state<T>(g, block, unit, t, h);
+  if (unit.folds && unit.continues) keep_phi<T>(g, plan, block, unit, progress.count);
   if (block.rank == 0) {
     const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
     const int64_t left = leaving.end > leaving.first ? leaving.end - leaving.first : 0;
@@ -1292,7 +1317,7 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     advance(g, unit, work, chunk, record, &progress);
   }
   cluster_sync();
-  end_unit<T>(g, block, unit, t, progress, h);
+  end_unit<T>(g, plan, block, unit, t, progress, h);
   cluster_sync(); /* the tables are read to the end */
 }
 

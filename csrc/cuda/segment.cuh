@@ -3,16 +3,19 @@
  * span per segment and cache row, and every kernel reads where its row stands from there.
  *
  *   plan      spans of all segments; where each row's tokens begin and how many they are
- *   features  phi(k) of sparse slots and ring that this segment may score or fold, of its tokens, and phi(q)
+ *   features  phi(k) of the tokens that leave the window during the segment, and phi(q) of its own; with the first
+ *             segment phi(k) of the sparse slots and of the ring, as far as the call may score or fold them
  *   scan      chunks in order: score, select, fold; writes the sparse cache's counters, positions and scores, H and s,
- *             the pairs that each chunk's queries see (`sources`), and phi(q)^T H, phi(q)^T s of every token
+ *             the pairs that each chunk's queries see (`sources`), and phi(q)^T H, phi(q)^T s of every token; for the
+ *             next segment's scan what the slots hold, and their phi(k)
  *   attend    all blocks of queries at once from those records
- *   commit    keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
+ *   commit    once a call: keys and values that entered sparse slots, then the window ring, then tokens_seen and chunks
  *
+ * The cache's own keys and values stay as they were until the call ends: a pair is named by where it lay when the call
+ * began (codes, below), so that from one scan to the next there is nothing between.
  * Where the scan leaves a good part of the device free, attend of the segment before and features of the next one's
- * tokens run beside it (chain.cuh). So these two read nothing that a scan or a commit writes meanwhile: two sets of
- * scratch take turns, and so do two copies of the cache's keys and values, of which commit reads one and writes the
- * other.
+ * tokens run beside it (chain.cuh). So these two read nothing that a scan writes meanwhile: two sets of scratch take
+ * turns.
  *
  * Decoding (T = 1) runs an update in one kernel, or features and scan behind decode.cu's first one, and, where its
  * main kernel does not do that itself, commit of the sparse cache, which return at once when no row begins a chunk,
@@ -32,6 +35,11 @@
 typedef struct lola_device_span {
   int64_t position;     /* of the first token: the row's tokens_seen when the segment begins */
   int64_t batch, first; /* in the call's arrays: batch index and offset of the first token */
+  int64_t before;       /* tokens of the row that the call's segments before this one hold */
+  int64_t in_call;      /* and all of its segments */
+  int64_t key, key_at;  /* the first token that leaves the window with the segment: its row of token_phi, and how many
+                         * of the call's came before it */
+  int32_t keys;         /* how many of the call's tokens leave with the segment */
   int32_t tokens;       /* 0: the row is idle */
   int32_t token;        /* index of the first token in the per-token scratch arrays */
   int32_t chunk;        /* index of the row's first chunk record */
@@ -39,14 +47,9 @@ typedef struct lola_device_span {
   int64_t updated;      /* cache.chunks: the chunk whose update is done when the segment begins */
 } lola_device_span;
 
-/* The cache's keys and values, or a copy of them. */
-typedef struct lola_device_pairs {
-  void *window_keys, *window_values, *sparse_keys, *sparse_values;
-} lola_device_pairs;
-
-/* Where a pair lies while the segment runs. code < 0: sparse slot -code - 1 as it was when the segment began;
- * code >= 0: position span.position - R + code, in the window ring while code < R, else the segment's token code - R.
- */
+/* Where a pair lies while the call runs. code < 0: sparse slot -code - 1 as it was when the call began; code >= 0:
+ * position span.position - span.before - R + code, in the window ring while code < R, else the row's token code - R of
+ * the call. */
 
 /* Features are stored as the cache's keys would be: bfloat16 beside 16-bit keys, else float32 ("feature type"). */
 typedef struct lola_device_segment {
@@ -68,22 +71,23 @@ typedef struct lola_device_segment {
   int64_t *tokens_seen, *chunks, *row_ids, *folded, *sparse_count, *sparse_positions;
   void *window_keys, *window_values, *sparse_keys, *sparse_values, *window_features, *sparse_features;
   float *sparse_scores, *hidden, *normalizer, *window_given, *sparse_given;
-  lola_device_pairs next; /* where commit writes: the four arrays above, or others, which then get all pairs */
   /* scratch of this segment */
-  int tokens;              /* rows of the per-token arrays */
+  int packed;              /* rows of the call's arrays lie one after the other (cu_seqlens) */
+  int tokens, key_rows;    /* rows of the arrays per token, and of token_phi */
   int64_t longest;         /* tokens of a cache row, at most */
+  int64_t longest_in_call; /* and of the call */
   int chunk_records;       /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
   int spans_are_old;       /* they were written two kernels before scan, or earlier */
   void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
-  void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R */
-  void *token_phi;         /* (tokens, Hq, F): phi(k) */
+  void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
+  void *token_phi;         /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
   void *query_phi;         /* (tokens, Hq, F): phi(q) */
   float *recalled;         /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
   float *z;                /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
   int32_t *sources;        /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
   int32_t *source_count;   /* (chunk_records, S) */
-  int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the segment */
+  int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the last scan */
   void *exchange;          /* scan's own: scores between its blocks */
   int64_t exchange_bytes;
   unsigned *barriers; /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
@@ -93,9 +97,9 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 
 /* --- launchers: one per step, each queues its kernels and returns the launch's status ---------------------------- */
 
-/* Of the cache: slot_phi and ring_phi of pairs that an update of this segment may need (none when no row begins a
- * chunk); of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows` (decoding,
- * where nothing else does) it writes the spans first. */
+/* Of the cache: slot_phi and ring_phi of pairs that an update of this call may need (none when no row begins a chunk),
+ * with its first segment; of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows`
+ * (decoding, where nothing else does) it writes the spans first. */
 enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
 lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
                                        const struct call_rows *rows, cudaStream_t stream, lola_message *message);
@@ -113,10 +117,10 @@ lola_status lola_cuda_update(const lola_device_segment *segment, const struct ca
 int lola_cuda_scan_leaves_room(const lola_device_segment *segment);
 lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,
                                      lola_message *message);
-/* Sparse slots whose slot_source is >= 0, from ring and tokens. */
+/* Sparse slots whose slot_source is >= 0, from ring and tokens, when a call ends; `segment`: its first. */
 lola_status lola_cuda_commit_sparse(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
-/* That, and the segment's last R tokens into the window ring; then tokens_seen and chunks. `ends`: so does the call. */
-lola_status lola_cuda_commit(const lola_device_segment *segment, int ends, cudaStream_t stream, lola_message *message);
+/* That, and the call's last R tokens into the window ring; then tokens_seen and chunks. */
+lola_status lola_cuda_commit(const lola_device_segment *segment, cudaStream_t stream, lola_message *message);
 /* One token for each row that is not idle: attends, writes the token into the ring, advances tokens_seen and chunks;
  * before that, where rows may have one (`updates`), comes the update, which computes features itself
  * (lola_cuda_update_projects) if there is no slot_phi. `scratch` of lola_cuda_decode_bytes, zeroed once, left zeroed
@@ -178,6 +182,22 @@ static __device__ inline void lola_device_store(void *data, int64_t i, lola_dtyp
     static_cast<__nv_bfloat16 *>(data)[i] = __float2bfloat16_rn(x);
 }
 
+/* Of the row's first token in the call: its position, and its offset in the call's arrays. */
+static __device__ inline int64_t lola_device_origin(const lola_device_span &span) {
+  return span.position - span.before;
+}
+static __device__ inline int64_t lola_device_first(const lola_device_span &span) { return span.first - span.before; }
+
+/* What the whole call is to the row, as one segment. */
+static __device__ inline lola_device_span lola_device_call_span(const lola_device_span &span) {
+  lola_device_span call = span;
+  call.position = lola_device_origin(span);
+  call.first = lola_device_first(span);
+  call.tokens = static_cast<int32_t>(span.in_call);
+  call.before = 0;
+  return call;
+}
+
 /* The ring slot of a position that may be before 0 in unused codes. */
 static __device__ inline int64_t lola_device_ring_slot(int64_t position, int64_t R) {
   int64_t slot = position % R;
@@ -193,8 +213,9 @@ static __device__ inline const char *lola_device_key(const lola_device_segment &
            ((static_cast<int64_t>(row) * g.S + set) * g.L - code - 1) * g.D * item;
   if (code < g.R)
     return static_cast<const char *>(g.window_keys) +
-           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) * g.D * item;
-  return lola_device_at(g.k, span.batch, span.first + code - g.R, kv_head);
+           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(lola_device_origin(span) - g.R + code, g.R)) * g.D *
+               item;
+  return lola_device_at(g.k, span.batch, lola_device_first(span) + code - g.R, kv_head);
 }
 
 static __device__ inline const char *lola_device_value(const lola_device_segment &g, const lola_device_span &span,
@@ -205,8 +226,9 @@ static __device__ inline const char *lola_device_value(const lola_device_segment
            ((static_cast<int64_t>(row) * g.S + set) * g.L - code - 1) * g.Dv * item;
   if (code < g.R)
     return static_cast<const char *>(g.window_values) +
-           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) * g.Dv * item;
-  return lola_device_at(g.v, span.batch, span.first + code - g.R, kv_head);
+           ((row * g.Hkv + kv_head) * g.R + lola_device_ring_slot(lola_device_origin(span) - g.R + code, g.R)) * g.Dv *
+               item;
+  return lola_device_at(g.v, span.batch, lola_device_first(span) + code - g.R, kv_head);
 }
 
 /* phi(k) of the pair `code` for query head `head`, F elements of the feature type (item bytes each). */
@@ -217,11 +239,10 @@ static __device__ inline const char *lola_device_phi(const lola_device_segment &
     return static_cast<const char *>(g.slot_phi) +
            ((static_cast<int64_t>(row) * g.Hq + head) * g.L - code - 1) * g.F * item;
   if (code < g.R)
-    return static_cast<const char *>(g.ring_phi) +
-           ((static_cast<int64_t>(row) * g.Hq + head) * g.R + lola_device_ring_slot(span.position - g.R + code, g.R)) *
-               g.F * item;
-  return static_cast<const char *>(g.token_phi) +
-         ((static_cast<int64_t>(span.token) + code - g.R) * g.Hq + head) * g.F * item;
+    return static_cast<const char *>(g.ring_phi) + ((static_cast<int64_t>(row) * g.Hq + head) * g.R +
+                                                    lola_device_ring_slot(lola_device_origin(span) - g.R + code, g.R)) *
+                                                       g.F * item;
+  return static_cast<const char *>(g.token_phi) + ((span.key + code - g.R - span.key_at) * g.Hq + head) * g.F * item;
 }
 
 /* Keeps the score that a caller gave the pair in a ring slot: the sum of those of the set's query heads. */
