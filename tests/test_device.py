@@ -392,7 +392,7 @@ def test_decoding_allocates_nothing_and_waits_for_nothing(fake):
     cache = device_cache(data)
     call(data, cache, hi=20)
     Exchanging.__dlpack_c_exchange_api__ = fake.exchange
-    names = ["allocate", "allocate_host", "synchronize", "copy", "event_create", "zero"]
+    names = ["allocate", "allocate_host", "synchronize", "copy", "event_create", "zero", "begin_rows"]
     more = {**options(data), "gate": Exchanging(data.gate)}
     lola.attention(*(Exchanging(data.stored[n][:, 20:21]) for n in "qkv"), cache=cache, **more)
     for t in range(21, 60):
@@ -478,6 +478,33 @@ def test_rows_and_crop_are_those_of_the_cpu(fake, map):
         c.reset()
     assert_same(cache, plain)
     assert_same_bits(call(data, cache), run(data, plain))
+    cache._check()
+
+
+@pytest.mark.parametrize("map", ["hedgehog", "given"])
+@pytest.mark.parametrize("rows", [None, [0, 1, 2], [0, -1], [1, 2], [2, 1, 0]], ids=str)
+def test_a_reset_queues_little(fake, map, rows):
+    """Zeros an allocation, of which a caller's own features have the second, and the counters; of some rows zeros a buffer."""
+    data = build(CASE.but(B=3, map=map, score="external"))
+    cache = device_cache(data)
+    call(data, cache, hi=41)
+    before = {n: x.copy() for n, x in cache.to("cpu").buffers().items()}
+    names = ["zero", "begin_rows", "copy", "allocate", "allocate_host", "event_create", "event_wait", "synchronize"]
+    calls = [fake.calls(n) for n in names]
+    cache.reset(rows)
+    zeros, begun, *others = (fake.calls(n) - c for n, c in zip(names, calls))
+    runs = {"None": 1, "[0, 1, 2]": 1, "[0, -1]": 2, "[1, 2]": 1, "[2, 1, 0]": 3}[str(rows)]
+    pieces = len(before) if rows and rows != [0, 1, 2] else 2 if map == "given" else 1
+    assert (zeros, begun) == (runs * pieces, runs) and not any(others)
+    emptied = range(3) if rows is None else [row % 3 for row in rows]
+    new = {"chunks": lambda row: -1, "row_ids": lambda row: row}
+    for name, x in cache.to("cpu").buffers().items():
+        for row in range(3):
+            expected = before[name][row] if row not in emptied else np.full_like(x[row], new.get(name, lambda row: 0)(row))
+            np.testing.assert_array_equal(x[row], expected, err_msg=name)
+    assert any(x[row].any() for n, x in before.items() for row in emptied if n == "hidden")
+    if len(emptied) == 3:
+        assert_same_bits(call(data, cache), run(data, new_cache(data)))
     cache._check()
 
 

@@ -294,19 +294,37 @@ lola_status lola_cache_gather(lola_cache *target, const lola_cache *source, cons
   return LOLA_OK;
 }
 
+/* Whether a buffer lies right behind the one before it; never where a block begins, as each goes on behind its last
+ * buffer's padding. */
+static int follows(const lola_cache *cache, int buffer) {
+  const lola_buffer *before = &cache->buffers[buffer - 1];
+  return cache->buffers[buffer].data == (char *)before->data + aligned(before->nbytes);
+}
+
+/* On a device each piece has its price, so where all rows go, a block's buffers go together. */
+static lola_status zero_rows(lola_cache *cache, int64_t first, int64_t rows, lola_message *message) {
+  lola_status status = LOLA_OK;
+  int count = cache->buffer_count, next;
+  for (int i = 0; i < count && !status; i = next) {
+    int64_t bytes = row_bytes(cache, i);
+    char *data = (char *)cache->buffers[i].data + first * bytes;
+    bytes *= rows;
+    for (next = i + 1; rows == cache->shape.batch && next < count && follows(cache, next); next++)
+      bytes = (char *)cache->buffers[next].data + cache->buffers[next].nbytes - data;
+    if (bytes && cache->memory)
+      status = cache->memory->zero(cache->memory, data, bytes, message);
+    else if (bytes)
+      memset(data, 0, (size_t)bytes);
+  }
+  return status;
+}
+
 lola_status lola_cache_reset(lola_cache *cache, const int64_t *rows, int64_t count, lola_message *message) {
   lola_status status = LOLA_OK;
   int64_t run;
   for (int64_t j = 0; j < count && !status; j += run) {
     for (run = 1; j + run < count && rows[j + run] == rows[j] + run;) run++;
-    for (int i = 0; i < cache->buffer_count && !status; i++) {
-      int64_t bytes = row_bytes(cache, i);
-      char *data = (char *)cache->buffers[i].data + rows[j] * bytes;
-      if (bytes && cache->memory)
-        status = cache->memory->zero(cache->memory, data, run * bytes, message);
-      else if (bytes)
-        memset(data, 0, (size_t)(run * bytes));
-    }
+    status = zero_rows(cache, rows[j], run, message);
     if (!status) status = begin(cache, rows[j], run, message);
   }
   return status;

@@ -24,6 +24,7 @@ lola_status lola_cuda_allocation_status(cudaError_t error, int64_t bytes, lola_m
 namespace {
 
 constexpr int MAX_DEVICES = 64;
+constexpr int THREADS = 256, MOST_BLOCKS = 1024;
 constexpr uint64_t KEPT_BYTES = uint64_t(2) << 30, KEPT_SHARE = 32; /* at most, and of the device's memory */
 
 cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
@@ -172,6 +173,28 @@ lola_status zero(int device, void *data, int64_t bytes, void *stream, lola_messa
                           message);
 }
 
+/* Lets no kernel start before its blocks have ended: an update looks at counters before it awaits this (chain.cuh). */
+__global__ void __launch_bounds__(THREADS)
+    begin_rows_kernel(int64_t *chunks, int64_t *row_ids, int64_t first, int64_t rows) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * THREADS;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; i < rows; i += threads) {
+    chunks[i] = -1;
+    row_ids[i] = first + i;
+  }
+  __threadfence(); /* seen by whoever starts when the block has ended */
+}
+
+lola_status begin_rows(int device, int64_t *chunks, int64_t *row_ids, int64_t first, int64_t rows, void *stream,
+                       lola_message *message) {
+  if (!rows) return LOLA_OK;
+  lola_device_scope scope(device, message);
+  if (scope.status) return scope.status;
+  const int64_t wanted = (rows + THREADS - 1) / THREADS;
+  const unsigned blocks = static_cast<unsigned>(wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS);
+  begin_rows_kernel<<<blocks, THREADS, 0, as_stream(stream)>>>(chunks, row_ids, first, rows);
+  return lola_cuda_status(cudaGetLastError(), "the launch of CUDA kernel begin_rows", message);
+}
+
 /* --- streams ----------------------------------------------------------------------------------------------------- */
 
 lola_status synchronize(int device, void *stream, lola_message *message) {
@@ -280,6 +303,7 @@ const lola_cuda_api *lola_cuda_table(void) {
       copy,
       copy_rows,
       zero,
+      begin_rows,
       synchronize,
       stream_create,
       stream_destroy,

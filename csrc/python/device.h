@@ -29,8 +29,6 @@ struct device {
   void *keeper, *waiter; /* streams: see above; and one that the host waits on */
   device *next;
   PyThread_type_lock lock; /* of what follows; never held while another lock is waited for */
-  int64_t *counting;       /* page-locked: `counted` times -1, then 0, 1, .. */
-  int64_t counted;
   slot slots[SLOTS];
   int next_slot;
   PyThread_type_lock staging_lock; /* held by the call that copies NumPy arrays */

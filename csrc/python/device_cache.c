@@ -33,42 +33,10 @@ static lola_status memory_zero(const lola_memory *memory, void *data, int64_t by
   return on->device->api->zero(memory->device, data, bytes, on->stream, message);
 }
 
-/* The numbers never change and their memory is never given back, so that copies of them may wait in graphs for ever. */
-static lola_status count_to(device *device, int64_t rows, const int64_t **counting, int64_t *counted,
-                            lola_message *message) {
-  lola_status status = LOLA_OK;
-  PyThread_acquire_lock(device->lock, WAIT_LOCK);
-  if (rows > device->counted) {
-    int64_t size = 256, *numbers;
-    while (size < rows) size *= 2;
-    status = device->api->allocate_host(2 * size * (int64_t)sizeof(int64_t), (void **)&numbers, message);
-    for (int64_t i = 0; !status && i < size; i++) {
-      numbers[i] = -1;
-      numbers[size + i] = i;
-    }
-    if (!status) {
-      device->counting = numbers;
-      device->counted = size;
-    }
-  }
-  *counting = device->counting;
-  *counted = device->counted;
-  PyThread_release_lock(device->lock);
-  return status;
-}
-
 static lola_status memory_begin(const lola_memory *memory, int64_t *chunks, int64_t *row_ids, int64_t first,
                                 int64_t rows, lola_message *message) {
   const device_cache *on = from_memory(memory);
-  const lola_cuda_api *api = on->device->api;
-  const int64_t *counting;
-  int64_t counted, bytes = rows * (int64_t)sizeof(int64_t);
-  lola_status status = count_to(on->device, first + rows, &counting, &counted, message);
-  if (!status) status = api->copy(memory->device, chunks, counting, bytes, LOLA_COPY_TO_DEVICE, on->stream, message);
-  if (!status)
-    status =
-        api->copy(memory->device, row_ids, counting + counted + first, bytes, LOLA_COPY_TO_DEVICE, on->stream, message);
-  return status;
+  return on->device->api->begin_rows(memory->device, chunks, row_ids, first, rows, on->stream, message);
 }
 
 static lola_status copy(const lola_memory *memory, void *target, int64_t target_pitch, const void *source,

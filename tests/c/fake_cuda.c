@@ -328,6 +328,28 @@ static lola_status zero(int device, void *data, int64_t bytes, void *stream, lol
   return LOLA_OK;
 }
 
+static void run_begin_rows(operation *op) {
+  int64_t first = op->numbers[0], rows = op->numbers[1];
+  int64_t *chunks = at(op->device, op->pointers[0], rows * 8), *row_ids = at(op->device, op->pointers[1], rows * 8);
+  for (int64_t i = 0; i < rows; i++) {
+    chunks[i] = -1;
+    row_ids[i] = first + i;
+  }
+}
+
+static lola_status begin_rows(int device, int64_t *chunks, int64_t *row_ids, int64_t first, int64_t rows, void *stream,
+                              lola_message *message) {
+  ONE_AT_A_TIME;
+  lola_status status = enter("begin_rows", message);
+  if (status || !rows) return status;
+  operation *op = queue(device, stream, run_begin_rows);
+  op->pointers[0] = chunks;
+  op->pointers[1] = row_ids;
+  op->numbers[0] = first;
+  op->numbers[1] = rows;
+  return LOLA_OK;
+}
+
 /* --- streams -------------------------------------------------------------------------------- */
 
 static lola_status synchronize(int device, void *handle, lola_message *message) {
@@ -728,11 +750,34 @@ static lola_status attend(const lola_attend_call *call, int device, void *stream
 }
 
 static const lola_cuda_api table = {
-    LOLA_CUDA_API_VERSION, device_count, current_device,  allocate,      release,      allocate_host,
-    release_host,          copy,         copy_rows,       zero,          synchronize,  stream_create,
-    stream_destroy,        capturing,    event_create,    event_destroy, event_record, event_wait,
-    event_query,           attention,    workspace_bytes, check_finite,  features,     score,
-    step_select,           fold,         attend,
+    LOLA_CUDA_API_VERSION,
+    device_count,
+    current_device,
+    allocate,
+    release,
+    allocate_host,
+    release_host,
+    copy,
+    copy_rows,
+    zero,
+    begin_rows,
+    synchronize,
+    stream_create,
+    stream_destroy,
+    capturing,
+    event_create,
+    event_destroy,
+    event_record,
+    event_wait,
+    event_query,
+    attention,
+    workspace_bytes,
+    check_finite,
+    features,
+    score,
+    step_select,
+    fold,
+    attend,
 };
 
 /* --- the module ----------------------------------------------------------------------------- */

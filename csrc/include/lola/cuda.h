@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { LOLA_CUDA_API_VERSION = 2 };
+enum { LOLA_CUDA_API_VERSION = 3 };
 #define LOLA_CUDA_CAPSULE "lola._cuda.api"
 
 /* Contiguous integers on the device, of 4 or 8 bytes; data NULL: not given. */
@@ -57,6 +57,9 @@ typedef struct lola_cuda_api {
   lola_status (*copy_rows)(int device, void *target, int64_t target_pitch, const void *source, int64_t source_pitch,
                            int64_t bytes, int64_t rows, lola_copy_kind kind, void *stream, lola_message *message);
   lola_status (*zero)(int device, void *data, int64_t bytes, void *stream, lola_message *message);
+  /* Rows first .. first + rows - 1 have seen nothing: -1 and the row's number; both pointers are at row `first`. */
+  lola_status (*begin_rows)(int device, int64_t *chunks, int64_t *row_ids, int64_t first, int64_t rows, void *stream,
+                            lola_message *message);
 
   /* --- streams --- */
   lola_status (*synchronize)(int device, void *stream, lola_message *message);
