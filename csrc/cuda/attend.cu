@@ -91,7 +91,8 @@ lola_status launch_wgmma(const lola_device_segment &g, const segment_grid &grid,
                          lola_message *message) {
   using layout = wgmma_layout<DP, WGS, SUBS>;
   int tiles = (grid.rows + layout::M - 1) / layout::M;
-  int64_t items = grid.lists * grid.parts * tiles, blocks = attribute(cudaDevAttrMultiProcessorCount) * layout::BLOCKS;
+  int64_t items = grid.lists * grid.parts * tiles,
+          blocks = (beside ? beside : attribute(cudaDevAttrMultiProcessorCount)) * layout::BLOCKS;
   if (items > INT32_MAX) return too_large(message);
   if (blocks > items) blocks = items;
   auto kernel = attend_wgmma_kernel<T, DP, WGS, SUBS>;

@@ -13,26 +13,29 @@
 namespace {
 
 constexpr int THREADS = 256;
-/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
-constexpr int64_t SEGMENT_TOKENS = 8192;
+/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. Where
+ * segments overlap fewer will do. */
+constexpr int64_t SEGMENT_TOKENS = 8192, OVERLAPPING_SEGMENT = 6144;
 /* Of a call from which on segments that overlap save more time than it takes to go from one to the next. */
 constexpr int64_t OVERLAPPING_TOKENS = 3072;
 
 /* --- the plan ---------------------------------------------------------------------------------------------------- */
 
-/* How a call is cut into segments: the first has offsets 0 .. first - 1 of it, those behind `count` each, the last what
- * is left. */
+/* How a call is cut into segments: the first has offsets 0 .. first - 1 of it, then come `whole` of `count` offsets,
+ * one of `last_but_one`, and one of what is left. Fewer `segments` end with a whole one, or what is left of it. */
 struct call_cuts {
-  int64_t tokens, first, count, segments;
+  int64_t tokens, first, count, whole, last_but_one, segments;
 };
 
 __host__ __device__ int64_t segment_begin(const call_cuts &cuts, int64_t i) {
-  return i ? cuts.first + (i - 1) * cuts.count : 0;
+  if (i == cuts.segments) return cuts.tokens;
+  if (i == 0) return 0;
+  return i - 1 <= cuts.whole ? cuts.first + (i - 1) * cuts.count
+                             : cuts.first + cuts.whole * cuts.count + cuts.last_but_one;
 }
 
 __host__ __device__ int64_t segment_length(const call_cuts &cuts, int64_t i) {
-  const int64_t most = i ? cuts.count : cuts.first, left = cuts.tokens - segment_begin(cuts, i);
-  return left < most ? left : most;
+  return segment_begin(cuts, i + 1) - segment_begin(cuts, i);
 }
 
 /* The spans of all segments. Launched the ordinary way: it waits for all that is before it. */
@@ -192,33 +195,41 @@ lola_status decode(lola_device_segment g, void *decode_scratch, const call_rows 
 struct prefill_plan {
   call_cuts cuts;
   int64_t batch; /* rows of the call's arrays */
-  bool overlaps; /* phases of neighbouring segments run beside each other */
+  int beside;    /* multiprocessors for phases of neighbouring segments beside a scan; 0: they take turns with it */
 };
 
+/* Segments of one length, as few as there may be. */
+call_cuts cut_evenly(int64_t tokens, int64_t first, int64_t count) {
+  const int64_t more = tokens > first ? (tokens - first + count - 1) / count : 0;
+  return call_cuts{tokens, first, count, more, 0, 1 + more};
+}
+
+/* Segments that overlap: nothing runs beside the features of the first, nor beside attend of the last, so that these
+ * are a quarter of the others, and the last but one is half of them. In whole chunks. */
+call_cuts cut_tapered(int64_t tokens, int64_t longest, int64_t C) {
+  const int64_t quarters = 4 * ((tokens + longest - 1) / longest); /* in all */
+  const auto chunks = [&](int64_t n) { return (n + C - 1) / C * C; };
+  const int64_t count = chunks(4 * tokens / quarters), first = chunks((count + 3) / 4), whole = quarters / 4 - 1;
+  const int64_t left = tokens - first - whole * count;
+  if (left < 3 * C || left > count) return cut_evenly(tokens, first, count);
+  return call_cuts{tokens, first, count, whole, chunks(left * 2 / 3), whole + 3};
+}
+
 prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
-  prefill_plan plan = {{rows.tokens, 0, 0, 0}, g.packed ? 1 : g.B, false};
-  int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
-  /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
-  int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
-  if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
-  call_cuts &cuts = plan.cuts;
-  cuts.first = cuts.count = longest;
-  if (cuts.tokens * plan.batch >= OVERLAPPING_TOKENS && lola_cuda_scan_leaves_room(&g)) {
-    /* Segments of one length but the first, a quarter of it, and the last, some two fifths: nothing runs beside the
-     * one's features, nor beside the other's attend. In whole chunks, where these fit. */
-    constexpr int64_t WHOLE = 20, ENDS = 5 + 8; /* twentieths of that length: a segment, and the first and the last */
-    int64_t between = (WHOLE * cuts.tokens + (WHOLE - ENDS) * longest - 1) / (WHOLE * longest); /* rounded up */
-    if (between < 1) between = 1;
-    const int64_t parts = WHOLE * between + ENDS;
-    cuts.count = (WHOLE * cuts.tokens + parts * g.C - 1) / (parts * g.C) * g.C;
-    if (cuts.count > longest) cuts.count = longest;
-    cuts.first = (cuts.count / 4 + g.C - 1) / g.C * g.C;
-    if (cuts.first > cuts.count) cuts.first = cuts.count;
-    plan.overlaps = cuts.first < cuts.tokens;
-  }
-  if (cuts.first > cuts.tokens) cuts.first = cuts.tokens;
-  if (cuts.count > cuts.tokens) cuts.count = cuts.tokens;
-  cuts.segments = 1 + (cuts.tokens - cuts.first + cuts.count - 1) / cuts.count;
+  prefill_plan plan = {{}, g.packed ? 1 : g.B, 0};
+  const auto longest = [&](int64_t tokens) {
+    int64_t n = tokens / plan.batch < 64 ? 64 : tokens / plan.batch;
+    /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
+    const int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
+    if (record > token) n = n * token / record < 64 ? 64 : n * token / record;
+    return n < rows.tokens ? n : rows.tokens;
+  };
+  const int left = rows.tokens * plan.batch >= OVERLAPPING_TOKENS ? lola_cuda_scan_leaves(&g) : 0;
+  if (left) plan.cuts = cut_tapered(rows.tokens, longest(OVERLAPPING_SEGMENT), g.C);
+  if (left && plan.cuts.segments > 1)
+    plan.beside = left;
+  else
+    plan.cuts = cut_evenly(rows.tokens, longest(SEGMENT_TOKENS), longest(SEGMENT_TOKENS));
   return plan;
 }
 
@@ -241,7 +252,7 @@ int64_t lay_out_prefill(const prefill_plan &plan, const lola_device_segment &com
   take_phi(&from, &even);
   odd = even;
   take_records(&from, &even);
-  if (plan.overlaps)
+  if (plan.beside)
     take_records(&from, &odd);
   else
     odd = even;
@@ -272,18 +283,19 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
   plan_kernel<<<blocks_for(cuts.segments * common.B), THREADS, 0, stream>>>(turns[0], rows, cuts);
   status = lola_cuda_launched("plan", message);
   for (int64_t i = 0; i < cuts.segments && !status; i++) {
-    const lola_device_segment g = segment_at(i);
-    const bool begins = !plan.overlaps || i == 0, ends = !plan.overlaps || i + 1 == cuts.segments;
+    lola_device_segment g = segment_at(i);
+    g.spans_are_old = i > 0;
+    const bool begins = !plan.beside || i == 0, ends = !plan.beside || i + 1 == cuts.segments;
     const int parts = (i == 0 ? LOLA_FEATURES_OF_CACHE : 0) | (begins ? LOLA_FEATURES_OF_TOKENS : 0);
     if (parts) status = lola_cuda_segment_features(&g, parts, 0, nullptr, stream, message);
     if (!status) status = lola_cuda_scan(&g, 1, stream, message);
     if (!status && !begins) {
       const lola_device_segment before = segment_at(i - 1);
-      status = lola_cuda_segment_attend(&before, 1, stream, message);
+      status = lola_cuda_segment_attend(&before, plan.beside, stream, message);
     }
     if (!status && !ends) {
       const lola_device_segment after = segment_at(i + 1);
-      status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, 1, nullptr, stream, message);
+      status = lola_cuda_segment_features(&after, LOLA_FEATURES_OF_TOKENS, plan.beside, nullptr, stream, message);
     }
     if (!status && ends) status = lola_cuda_segment_attend(&g, 0, stream, message);
   }

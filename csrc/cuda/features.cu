@@ -35,8 +35,8 @@ struct feature_job {
   int64_t T, rows;
   int per_head; /* query heads per head of x */
   float *out;
-  int side_key, round;                /* which weights ARRAY takes; rounding to bfloat16 */
-  int beside;                         /* the launch does not await the one before it (chain.cuh) */
+  int side_key, round; /* which weights ARRAY takes; rounding to bfloat16 */
+  int beside; /* > 0: the launch does not await the one before it, which leaves so many multiprocessors (chain.cuh) */
   lola_dtype target;                  /* what is stored: bfloat16 or float32 */
   int sources[4], count;              /* kinds */
   int row_tiles[4];                   /* tiles per cache row (SLOTS, RING) or in all */
@@ -113,17 +113,6 @@ __device__ feature_tile tile_at(const feature_job &job, const row_list &list, in
   }
 }
 
-/* Whether the cache row has folded pairs in the end: a set keeps L of the pairs that have left the window.
- * What the cache counts says the same, but not beside the scan that changes it. */
-__device__ bool has_folded(const lola_device_segment &g, const lola_device_leaving &leaving) {
-  return leaving.end > g.L;
-}
-
-/* Whether it folds any meanwhile. */
-__device__ bool folds_now(const lola_device_segment &g, const lola_device_leaving &leaving) {
-  return leaving.end > leaving.first && has_folded(g, leaving);
-}
-
 /* The cache row that the token at `index` of the per-token arrays, or of token_phi, belongs to, or -1; `hint` is where
  * to look first. */
 __device__ int owner_of(const lola_device_segment &g, source_kind kind, int64_t index, int hint) {
@@ -161,7 +150,7 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
     const int64_t group = static_cast<int64_t>(tile.row) * g.Hq + tile.head, set = tile.head / g.rs;
     const lola_device_span &span = g.spans[tile.row];
     const lola_device_leaving leaving = lola_device_call_leaving(g, span);
-    if (!folds_now(g, leaving)) return false;
+    if (!lola_device_folds(g, leaving)) return false;
     *dtype = given ? job.target : g.dtype;
     if (tile.kind == SLOTS) {
       if (at >= g.sparse_count[static_cast<int64_t>(tile.row) * g.S + set]) return false;
@@ -187,7 +176,7 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
   const lola_device_span &span = g.spans[row];
   const int64_t group = at * g.Hq + tile.head;
   if (tile.kind == KEYS) {
-    if (!folds_now(g, lola_device_call_leaving(g, span))) return false;
+    if (!lola_device_folds(g, lola_device_call_leaving(g, span))) return false;
     *to = static_cast<char *>(g.token_phi) + group * g.F * item;
     const lola_array &x = given ? g.k_features : g.k;
     *from = lola_device_at(x, span.batch, lola_device_first(span) + span.key_at + at - span.key,
@@ -195,7 +184,7 @@ __device__ bool resolve(const feature_job &job, const feature_tile &tile, int i,
     *dtype = x.dtype;
     return true;
   }
-  if (!has_folded(g, lola_device_segment_leaving(g, span))) return false;
+  if (!lola_device_has_folded(g, lola_device_segment_leaving(g, span))) return false;
   *to = static_cast<char *>(g.query_phi) + group * g.F * item;
   const lola_array &x = given ? g.q_features : g.q;
   *from = lola_device_at(x, span.batch, span.first + at - span.token, tile.head);
@@ -225,7 +214,7 @@ __device__ bool list_rows(const feature_job &job, row_list *list) {
   bool any = false;
   for (int base = 0; by_row && base < B; base += blockDim.x) {
     const int row = base + threadIdx.x;
-    const bool needed = row < B && folds_now(job.g, lola_device_call_leaving(job.g, job.g.spans[row]));
+    const bool needed = row < B && lola_device_folds(job.g, lola_device_call_leaving(job.g, job.g.spans[row]));
     any |= needed;
     if (all) continue;
     const unsigned bits = __ballot_sync(0xffffffffu, needed);
@@ -374,9 +363,7 @@ __device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloa
 }
 
 /* Rows of a warp's tile: the more, the less often the weights are read from shared memory. */
-template <int PRODUCTS> struct tensor_tile {
-  static constexpr int ROWS = PRODUCTS <= 8 ? 32 : 16;
-};
+template <int PRODUCTS> struct tensor_tile { static constexpr int ROWS = PRODUCTS <= 8 ? 32 : 16; };
 
 /* A block takes a run of tiles; those of one head and side are dealt out to its warps, which share the weights and
  * nothing else. A warp asks for its next rows as soon as it has multiplied those before. */
@@ -719,7 +706,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   job->tiles = static_cast<int>(tiles);
   const int64_t total = tiles * g.Hq;
   if (!total) return LOLA_OK;
-  const int64_t most = static_cast<int64_t>(limits.processors) * (warps ? 2 : 3);
+  const int64_t most = static_cast<int64_t>(job->beside ? job->beside : limits.processors) * (warps ? 2 : 3);
   const int blocks = static_cast<int>(total < most ? total : most);
   if (warps)
     return x_dtype == LOLA_BFLOAT16 ? launch_tensor_to<__nv_bfloat16>(*job, blocks, warps, most_shared, stream, message)

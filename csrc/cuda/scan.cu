@@ -948,7 +948,7 @@ __device__ void begin_unit(const lola_device_segment &g, const scan_plan &plan, 
   const pair_lists &lists = block.lists;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (threadIdx.x == 0) shared->unit = scan_unit_of(g, g.spans[row], row, set, block.head, count);
+  if (threadIdx.x == 0) shared->unit = scan_unit_of(g, g.spans[row], row, set, block.head);
   __syncthreads();
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head];
@@ -1328,14 +1328,15 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
   return make_plan(sizes, limits, &plan, &ignored) ? 0 : exchange_bytes(plan);
 }
 
-int lola_cuda_scan_leaves_room(const lola_device_segment *segment) {
+int lola_cuda_scan_leaves(const lola_device_segment *segment) {
   const lola_device_segment &g = *segment;
   const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
   device_limits limits;
   wgmma_scan::cluster_plan clusters;
   lola_message ignored; /* the scan says it */
   if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
-  return clusters.groups && clusters.groups * clusters.blocks * 3 <= limits.processors * 2;
+  const int left = limits.processors - clusters.groups * clusters.blocks;
+  return clusters.groups && left * 3 >= limits.processors ? left : 0;
 }
 
 int lola_cuda_update_projects(const lola_device_segment *segment) {

@@ -41,10 +41,15 @@ static __device__ inline lola_device_leaving lola_device_call_leaving(const lola
   return lola_device_segment_leaving(g, lola_device_call_span(span));
 }
 
-/* Whether updates fold anything into a set that holds `count` pairs. */
-static __device__ inline bool lola_device_folds(const lola_device_segment &g, const lola_device_leaving &leaving,
-                                                int64_t count) {
-  return leaving.end > leaving.first && count + leaving.end - leaving.first > g.L;
+/* Whether the cache row has folded pairs in the end: a set keeps L of the pairs that have left the window. What the
+ * cache counts says the same, but not beside a scan, which changes it. */
+static __device__ inline bool lola_device_has_folded(const lola_device_segment &g, const lola_device_leaving &leaving) {
+  return leaving.end > g.L;
+}
+
+/* Whether it folds any meanwhile. */
+static __device__ inline bool lola_device_folds(const lola_device_segment &g, const lola_device_leaving &leaving) {
+  return leaving.end > leaving.first && lola_device_has_folded(g, leaving);
 }
 
 /* --- matrix units ------------------------------------------------------------------------------------------------- */

@@ -83,9 +83,9 @@ __device__ float recall_error(const recall_scale &scale, float n, float v, float
   return fmaf(d, d, sum);
 }
 
-/* `span`: the row's; `count`: pairs in the set's sparse slots; `own`: which of the set's heads. */
-__device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_device_span &span, int row, int set, int own,
-                                  int count) {
+/* `span`: the row's; `own`: which of the set's heads. */
+__device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_device_span &span, int row, int set,
+                                  int own) {
   scan_unit unit;
   unit.span = span;
   unit.base = lola_device_origin(span) - g.R;
@@ -104,7 +104,7 @@ __device__ scan_unit scan_unit_of(const lola_device_segment &g, const lola_devic
   unit.sources[1][1] = {
       static_cast<const char *>(g.window_values) + (static_cast<int64_t>(row) * g.Hkv + kv_head) * g.R * Dv, Dv};
   unit.sources[1][2] = {lola_device_at(g.v, span.batch, lola_device_first(span), kv_head), g.v.stride_t * item};
-  unit.folds = lola_device_folds(g, lola_device_call_leaving(g, span), count);
+  unit.folds = lola_device_folds(g, lola_device_call_leaving(g, span));
   unit.resumes = span.before > 0;
   unit.continues = span.before + span.tokens < span.in_call;
   return unit;

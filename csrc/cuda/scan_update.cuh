@@ -317,7 +317,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
     span.tokens = 1;
     span.in_call = 1;
     span.updated = due.position / g.C - 1;
-    shared.unit = scan_unit_of(g, span, due.row, due.set, head - due.set * g.rs, 0);
+    shared.unit = scan_unit_of(g, span, due.row, due.set, head - due.set * g.rs);
     shared.cut = HIGHEST;
     shared.shift = 16;
   }

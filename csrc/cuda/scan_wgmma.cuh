@@ -684,9 +684,7 @@ template <bool VECTOR> __device__ __forceinline__ unsigned load_word(const char 
 }
 
 /* Fragments of phi(q) of 64 pending tokens. */
-template <typename T> struct query_fragments {
-  unsigned x[4 * T::panels][4];
-};
+template <typename T> struct query_fragments { unsigned x[4 * T::panels][4]; };
 
 /* Asks for those of the pending tokens from `first` on. */
 template <typename T>
@@ -1120,30 +1118,33 @@ __device__ __forceinline__ void record_sources(const lola_device_segment &g, con
   if (block.rank == 0 && helper == 0) g.source_count[at] = count;
 }
 
-/* By all; HELPS tells who calls, so that the code for one of the walkers is theirs alone. */
+/* By all; HELPS tells who calls, so that the walkers' part is theirs alone: what the slots hold, whose phi are still
+ * on their way when it returns. Of others' work only the spans are read before that has ended. */
 template <typename T, bool HELPS>
 __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const cluster_plan &plan,
                                            const block_place &block, cluster_shared &shared, const tables &t,
-                                           cluster_progress *progress, int row, int set) {
+                                           cluster_progress *progress, int row, int set, int record) {
+  if (!HELPS && own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, own_head(plan, block));
+  cluster_sync();
+  lola_device_await_previous();
+  if (record) lola_device_start_next();
+  const scan_unit &unit = shared.unit;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  if (!HELPS && own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, own_head(plan, block), count);
-  cluster_sync();
-  const scan_unit &unit = shared.unit;
   progress->count = count;
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head] != 0;
   progress->recall_first = progress->recall_end = 0;
-  for (int i = own_thread(); i < plan.rows; i += THREADS) {
+  if (HELPS) return;
+  const row_source phi = unit.sources[0][0];
+  for (int i = own_thread(); unit.folds && i < count * T::phi_pieces; i += WALKERS)
+    fetch_phi<T>(g, plan, phi.data + i / T::phi_pieces * phi.stride, i / T::phi_pieces, i % T::phi_pieces);
+  for (int i = own_thread(); i < plan.rows; i += WALKERS) {
     const bool pair = i < count;
     const int code = pair && unit.resumes ? g.slot_source[group * g.L + i] : -i - 1;
     t.code[i] = code;
     t.value[i] = (pair ? row_of(g, unit, 1, code) : unit.sources[1][1].data) + block.column_block * COLUMNS * 2;
     t.score[i] = pair ? g.sparse_scores[group * g.L + i] : NAN;
   }
-  for (int i = own_thread(); unit.folds && i < count * T::phi_pieces; i += THREADS)
-    fetch_phi<T>(g, plan, row_of(g, unit, 0, -(i / T::phi_pieces) - 1), i / T::phi_pieces, i % T::phi_pieces);
-  cp_async_wait_all();
-  fence_async_proxy();
 }
 
 /* Writes down what the unit's slots hold, by threads 0 .. `threads` - 1: `count` pairs where it began with `before`,
@@ -1227,14 +1228,14 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
                                           const block_place &block, cluster_shared &shared, const tables &t, int row,
                                           int set, int record) {
   cluster_progress progress = {};
-  begin_unit<T, true>(g, plan, block, shared, t, &progress, row, set);
-  cluster_sync();
+  begin_unit<T, true>(g, plan, block, shared, t, &progress, row, set, record);
   const scan_unit &unit = shared.unit;
   const int64_t first = unit.span.position / g.C, last = unit.last;
   newcomer_pieces<T> pieces;
   query_fragments<T> queries;
   chunk_work work = work_of(g, unit, progress, first);
   ask_newcomers<T>(g, block, unit, first, 0, work.updates, &pieces);
+  cluster_sync();
 #pragma unroll 1
   for (int64_t chunk = first;; chunk++) {
     if (chunk > first) named_barrier_sync(CHUNK, THREADS);
@@ -1272,11 +1273,12 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
                                           cluster_turns *turns, int row, int set, int record) {
   cluster_progress progress = {};
   hidden_part h = {};
-  begin_unit<T, false>(g, plan, block, shared, t, &progress, row, set);
+  begin_unit<T, false>(g, plan, block, shared, t, &progress, row, set, record);
   const scan_unit &unit = shared.unit;
   /* Where nothing is folded, now or before, the state is not needed. */
   if (unit.folds || (record && progress.folded && g.mixing != LOLA_MIXING_CACHE_ONLY))
     load_state<T>(g, plan, block, unit, t, &h);
+  cp_async_wait_all();
   fence_async_proxy();
   cluster_sync();
   const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
@@ -1353,8 +1355,10 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     barrier_init(shared_address(&shared.newcomers), HELPERS);
     fence_barrier_init();
   }
-  lola_device_await_previous();
-  if (record) lola_device_start_next();
+  if (record && g.spans_are_old)
+    __threadfence(); /* as lola_device_begin has it */
+  else
+    lola_device_await_previous();
   cluster_arrive(); /* all blocks are there before one writes into another */
   cluster_wait();
   if (own_warpgroup() == WALKERS / 128) {
@@ -1366,6 +1370,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
         g, plan.groups, group, record, shared.rows, shared.row_count, cluster_sync,
         [&](int row, int set) { walk_unit<T>(g, plan, block, shared, t, &turns, row, set, record); });
   }
+  lola_device_await_previous(); /* also if it has no unit */
 #endif
 }
 

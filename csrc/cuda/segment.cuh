@@ -78,17 +78,17 @@ typedef struct lola_device_segment {
   int64_t longest_in_call; /* and of the call */
   int chunk_records;       /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
-  int spans_are_old;       /* they were written two kernels before scan, or earlier */
-  void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
-  void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
-  void *token_phi;         /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
-  void *query_phi;         /* (tokens, Hq, F): phi(q) */
-  float *recalled;         /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
-  float *z;                /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
-  int32_t *sources;        /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
-  int32_t *source_count;   /* (chunk_records, S) */
-  int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the last scan */
-  void *exchange;          /* scan's own: scores between its blocks */
+  int spans_are_old; /* they were written two kernels before scan, or earlier: it need not await others to read them */
+  void *slot_phi;    /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
+  void *ring_phi;    /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
+  void *token_phi;   /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
+  void *query_phi;   /* (tokens, Hq, F): phi(q) */
+  float *recalled;   /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
+  float *z;          /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
+  int32_t *sources;  /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
+  int32_t *source_count; /* (chunk_records, S) */
+  int32_t *slot_source;  /* (B, S, L): code of what each sparse slot holds after the last scan */
+  void *exchange;        /* scan's own: scores between its blocks */
   int64_t exchange_bytes;
   unsigned *barriers; /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
 } lola_device_segment;
@@ -98,8 +98,8 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 /* --- launchers: one per step, each queues its kernels and returns the launch's status ---------------------------- */
 
 /* Of the cache: slot_phi and ring_phi of pairs that an update of this call may need (none when no row begins a chunk),
- * with its first segment; of tokens: token_phi and query_phi. Those alone may run `beside` the scan before. With `rows`
- * (decoding, where nothing else does) it writes the spans first. */
+ * with its first segment; of tokens: token_phi and query_phi. Those alone may run beside the scan before, on as many
+ * multiprocessors as `beside` says. With `rows` (decoding, where nothing else does) it writes the spans first. */
 enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
 lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
                                        const struct call_rows *rows, cudaStream_t stream, lola_message *message);
@@ -113,8 +113,9 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
 int lola_cuda_update_projects(const lola_device_segment *segment);
 lola_status lola_cuda_update(const lola_device_segment *segment, const struct call_rows &rows,
                              struct decode_signals *signals, cudaStream_t stream, lola_message *message);
-/* Whether a third of the device or more is left to kernels that run beside a scan of this segment's sizes. */
-int lola_cuda_scan_leaves_room(const lola_device_segment *segment);
+/* Multiprocessors that are left to kernels beside a scan of this segment's sizes; 0 if less than a third of the device.
+ */
+int lola_cuda_scan_leaves(const lola_device_segment *segment);
 lola_status lola_cuda_segment_attend(const lola_device_segment *segment, int beside, cudaStream_t stream,
                                      lola_message *message);
 /* Sparse slots whose slot_source is >= 0, from ring and tokens, when a call ends; `segment`: its first. */
