@@ -1340,7 +1340,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   __shared__ cluster_shared shared;
   const tables t = tables_of(plan);
   const int group = blockIdx.x / plan.blocks;
-  if (g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for who comes next */
+  if (!record && g.spans_are_old && group && group >= decoding_units<THREADS>(g)) return; /* makes room for others */
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
   block.column_block = block.rank % plan.column_blocks;
