@@ -130,21 +130,6 @@ __device__ __forceinline__ const char *pair_value(const pair_places &places, int
 
 /* --- the end of a row of the tensor-core kernels ------------------------------------------------------------------ */
 
-/* Four lanes hold a row of results, lane i columns 2i and 2i + 1 of each 8: x[j] is a pair of 16-bit results of group
- * j. Afterwards lane i holds the 8 columns of group i, so that it can store 16 bytes. */
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-  const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
-  uint32_t a = __shfl_xor_sync(0xffffffffu, high ? x[0] : x[2], 2);
-  uint32_t b = __shfl_xor_sync(0xffffffffu, high ? x[1] : x[3], 2);
-  const uint32_t y[4] = {high ? a : x[0], high ? b : x[1], high ? x[2] : a, high ? x[3] : b};
-  a = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 1);
-  b = __shfl_xor_sync(0xffffffffu, odd ? y[2] : y[3], 1);
-  x[0] = odd ? a : y[0];
-  x[1] = odd ? y[1] : a;
-  x[2] = odd ? b : y[2];
-  x[3] = odd ? y[3] : b;
-}
-
 /* Where the results of a block go and its linear term comes from: of its first token and its set's first head. */
 struct block_end {
   char *out;

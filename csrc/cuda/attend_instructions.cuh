@@ -69,6 +69,21 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* Word j of lane i of a quad becomes word i of lane j. Results of which lane i holds columns 2i and 2i + 1 of each 8 so
+ * become its 8 columns of group i, and the other way around. For a whole warp. */
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
+  uint32_t a = __shfl_xor_sync(0xffffffffu, high ? x[0] : x[2], 2);
+  uint32_t b = __shfl_xor_sync(0xffffffffu, high ? x[1] : x[3], 2);
+  const uint32_t y[4] = {high ? a : x[0], high ? b : x[1], high ? x[2] : a, high ? x[3] : b};
+  a = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 1);
+  b = __shfl_xor_sync(0xffffffffu, odd ? y[2] : y[3], 1);
+  x[0] = odd ? a : y[0];
+  x[1] = odd ? y[1] : a;
+  x[2] = odd ? b : y[2];
+  x[3] = odd ? y[3] : b;
+}
+
 /* --- copies from device to shared memory that nobody waits for at once -------------------------------------------- */
 
 __device__ __forceinline__ void cp_async(uint32_t target, const void *source) {

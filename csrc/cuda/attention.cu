@@ -274,6 +274,8 @@ lola_status prefill(const lola_device_segment &common, const call_rows &rows, co
       lola_cuda_allocate(call->device, lay_out_prefill(plan, common, nullptr, turns), call->stream, &scratch, message);
   if (status) return status;
   lay_out_prefill(plan, common, static_cast<char *>(scratch), turns);
+  turns[0].queries_dealt = turns[1].queries_dealt =
+      lola_cuda_scan_takes_dealt(&common) && lola_cuda_features_can_deal(&common);
   const auto segment_at = [&](int64_t i) {
     lola_device_segment g = turns[i % 2];
     size_segment(plan, segment_length(cuts, i), &g);

@@ -260,6 +260,17 @@ __device__ __forceinline__ void store_chunk(const feature_job &job, char *to, in
   }
 }
 
+/* The same for a whole warp, whose lanes hold rows of which some are NULL, where a quad's four lanes hold 32
+ * neighbours: with `dealt`, lane c stores features 2c and 2c + 1 of each of their eights, the words that lane c of a
+ * quad takes of them as fragments of products on the matrix units. */
+template <typename Out>
+__device__ __forceinline__ void store_dealt(const feature_job &job, char *to, int column, const unsigned (&y)[4],
+                                            bool dealt) {
+  unsigned x[4] = {y[0], y[1], y[2], y[3]};
+  if (sizeof(Out) == 2 && dealt) transpose_quad(x);
+  if (to) store_chunk<Out>(job, to, column, x);
+}
+
 /* A head's weights (D, M) transposed into two halves of padded columns. */
 template <int COLUMNS>
 __device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloat16 *hi, __nv_bfloat16 *lo) {
@@ -283,7 +294,7 @@ __device__ void load_weights(const float *w, int D, int M, int pitch, __nv_bfloa
  * row is left alone. */
 template <int ROWS>
 __device__ __forceinline__ void fetch_rows(const char *own, int D, bool vector, int pitch, __nv_bfloat16 *x) {
-  const int lane = threadIdx.x % 32;
+  const int lane = static_cast<int>(lola_thread() % 32); /* so that no row's place is kept in a register of its own */
   const auto row_from = [&](int row) {
     return reinterpret_cast<const char *>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(own), row));
   };
@@ -403,7 +414,6 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     const int head = run.head;
     const bool asks = run.first >= queries; /* and so are all up to `stop` */
     const int stop = min(run.first + run.count, asks ? tiles : queries);
-    const bool vector = asks ? job.vector_q : job.vector_x;
     /* This lane's row of the warp's next tile with work. */
     int at = run.first + warp;
     const char *from;
@@ -424,7 +434,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
       return false;
     };
     bool more = seek();
-    if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
+    if (more) fetch_rows<ROWS>(from, g.D, asks ? job.vector_q : job.vector_x, pitch, x);
     lola_copy_commit();
     __syncthreads(); /* the last run's weights were read */
     if (loaded != 2 * head + asks) {
@@ -437,10 +447,11 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
       more = seek();
       lola_copy_wait<0>();
       __syncwarp();
+      const bool asked = loaded & 1, dealt = asked && g.queries_dealt; /* as `asks`, for which no register is left */
       float acc[ROWS / 16][PRODUCTS][4];
       project<T, ROWS, PRODUCTS>(x, hi, lo, g.D, M, pitch, acc);
       __syncwarp();
-      if (more) fetch_rows<ROWS>(from, g.D, vector, pitch, x);
+      if (more) fetch_rows<ROWS>(from, g.D, asked ? job.vector_q : job.vector_x, pitch, x);
       lola_copy_commit();
 #pragma unroll
       for (int m = 0; m < ROWS / 16; m++)
@@ -448,8 +459,8 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
         for (int half = 0; half < 2; half++) {
           char *row = reinterpret_cast<char *>(
               __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(now), 16 * m + 8 * half + group));
-          finish_row(g.map.kind, acc[m], half, M, c, row != nullptr,
-                     [&](int column, const unsigned(&y)[4]) { store_chunk<Out>(job, row, column, y); });
+          finish_row(g.map.kind, acc[m], half, M, c, true,
+                     [&](int column, const unsigned(&y)[4]) { store_dealt<Out>(job, row, column, y, dealt); });
         }
     }
     run.count -= stop - run.first;
@@ -667,6 +678,12 @@ int projection_of(const lola_device_segment &g, bool side_key) {
   return !(side_key ? g.map.w_k : g.map.w_q) ? 0 : kind == LOLA_MAP_RELU ? g.F : g.F / 2;
 }
 
+/* Warps of a block of the matrix units' kernel for a projection to M columns; 0 where it does not take x. */
+int tensor_warps_for(const lola_device_segment &g, int M, lola_dtype x_dtype, bool round, int most_shared) {
+  const bool takes = M && x_dtype != LOLA_FLOAT32 && round && g.D % 8 == 0 && M % 8 == 0 && M <= 128;
+  return takes ? tensor_warps(g.D, M, most_shared) : 0;
+}
+
 /* `rows[i]`: rows of source i, of one cache row (SLOTS, RING) or in all; x_dtype: of the sources' vectors. */
 lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cudaStream_t stream,
                    lola_message *message) {
@@ -676,9 +693,7 @@ lola_status launch(feature_job *job, lola_dtype x_dtype, const int64_t *rows, cu
   if (status) return status;
   const int M = job->projection = projection_of(g, takes_key_weights(*job, job->sources[0]));
   const int most_shared = limits.shared - RESERVED_SHARED; /* the same on every call, so that threads may race */
-  int warps = 0;
-  if (M && x_dtype != LOLA_FLOAT32 && job->round && g.D % 8 == 0 && M % 8 == 0 && M <= 128)
-    warps = tensor_warps(g.D, M, most_shared);
+  const int warps = tensor_warps_for(g, M, x_dtype, job->round, most_shared);
   int64_t per_tile = PLAIN_ROWS, bytes = 0;
   if (warps) {
     per_tile = M <= 64 ? tensor_tile<8>::ROWS : tensor_tile<16>::ROWS;
@@ -759,6 +774,16 @@ lola_status lola_cuda_segment_features(const lola_device_segment *segment, int p
   job.count = 0;
   add(QUERIES, g.tokens);
   return launch(&job, g.q_dtype, rows, stream, message);
+}
+
+int lola_cuda_features_can_deal(const lola_device_segment *segment) {
+  const lola_device_segment &g = *segment;
+  const int M = g.stores_features ? 0 : projection_of(g, false);
+  device_limits limits;
+  lola_message ignored; /* the features say it */
+  /* A quad must hold 32 neighbours that begin at a multiple of 32, also of Hedgehog's second half. */
+  return !look_up_device(&limits, &ignored) && M % 32 == 0 &&
+         tensor_warps_for(g, M, g.q_dtype, g.dtype != LOLA_FLOAT32, limits.shared - RESERVED_SHARED);
 }
 
 lola_status lola_cuda_features(const lola_array *x, int64_t B, int64_t T, int64_t Hx, int64_t D, int64_t Hq, int64_t F,

@@ -1220,6 +1220,7 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   plan->rows = static_cast<int>(rows);
   plan->blocks = static_cast<int>(blocks);
   plan->column_blocks = static_cast<int>(column_blocks);
+  plan->identity = LOLA_IDENTITY;
   const int64_t pieces[] = {panels * rows * ROW, panels * wgmma_scan::HALF_ROWS * ROW,
                             newcomers * ROW * (sizes.dtype == LOLA_FLOAT16 ? 2 : 1), blocks * rows * 4,
                             table_bytes(rows, newcomers, panels)};
@@ -1278,6 +1279,11 @@ lola_status make_plan(const scan_sizes &sizes, const device_limits &limits, scan
   if (groups > LOLA_SCAN_BARRIERS / 2) groups = LOLA_SCAN_BARRIERS / 2;
   plan->groups = static_cast<int>(groups < 1 ? 1 : groups);
   return LOLA_OK;
+}
+
+/* Whether rows of phi and values can be read 16 bytes at a time. */
+bool reads_vectors(const lola_device_segment &g) {
+  return g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && lola_device_rows_are_aligned(g.v);
 }
 
 int64_t exchange_bytes(const scan_plan &plan) {
@@ -1339,6 +1345,16 @@ int lola_cuda_scan_leaves(const lola_device_segment *segment) {
   return clusters.groups && left * 3 >= limits.processors ? left : 0;
 }
 
+int lola_cuda_scan_takes_dealt(const lola_device_segment *segment) {
+  const lola_device_segment &g = *segment;
+  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
+  device_limits limits;
+  wgmma_scan::cluster_plan clusters;
+  lola_message ignored; /* the scan says it */
+  if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
+  return clusters.groups && g.F % 32 == 0 && reads_vectors(g);
+}
+
 int lola_cuda_update_projects(const lola_device_segment *segment) {
   device_limits limits;
   wgmma_scan::cluster_plan plan;
@@ -1371,8 +1387,7 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   lola_status status = look_up_device(&limits, message);
   if (!status) status = make_cluster_plan(sizes, limits, &clusters, message);
   if (status) return status;
-  const bool vector =
-      g.dtype == LOLA_FLOAT32 ? g.F % 4 == 0 : g.F % 8 == 0 && g.Dv % 8 == 0 && lola_device_rows_are_aligned(g.v);
+  const bool vector = reads_vectors(g);
   if (clusters.groups) {
     clusters.vector_recalled = g.Dv % 4 == 0;
     return lola_cuda_status(wgmma_scan::launch(g, clusters, record, vector, stream), "scan", message);

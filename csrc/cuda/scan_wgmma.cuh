@@ -52,6 +52,7 @@ struct cluster_plan {
   int blocks, column_blocks;         /* of a cluster */
   int groups;                        /* clusters */
   int vector_recalled;               /* 16-byte stores are possible */
+  unsigned identity;                 /* LOLA_IDENTITY */
   int halves, values, parts, tables; /* offsets into shared memory; phi comes first */
   int64_t shared_bytes;
 };
@@ -676,31 +677,45 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
 
 /* --- phi(q)^T H --------------------------------------------------------------------------------------------------- */
 
-/* Two features at an even place of a row of n. */
+/* Two features at an even place k of a row of n. VECTOR: k and n are multiples of 8, `row` is the lane's own two of the
+ * first 8. */
 template <bool VECTOR> __device__ __forceinline__ unsigned load_word(const char *row, int k, int n) {
   if constexpr (VECTOR) return k < n ? __ldg(reinterpret_cast<const unsigned *>(row + 2 * k)) : 0;
   const uint16_t *x = reinterpret_cast<const uint16_t *>(row) + k;
   return (k < n ? __ldg(x) : 0u) | (k + 1 < n ? static_cast<unsigned>(__ldg(x + 1)) << 16 : 0u);
 }
 
-/* Fragments of phi(q) of 64 pending tokens. */
-template <typename T> struct query_fragments { unsigned x[4 * T::panels][4]; };
+/* Of phi(q) of 64 pending tokens: of a lane's two rows, its two features of each 8, 32 to a uint4. */
+template <typename T> struct query_fragments { uint4 x[2][2 * T::panels]; };
 
-/* Asks for those of the pending tokens from `first` on. */
+/* Asks for those of the pending tokens from `first` on. They are put together when they are used (recall_tokens), so
+ * that nobody waits for them here, however they lie. */
 template <typename T>
 __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const scan_unit &unit, int first, int end,
                                             query_fragments<T> *phi) {
-  const int own = tile_row(first), c = own_thread() % 4;
+  const bool dealt = T::vector && g.queries_dealt;
+  const int own = tile_row(first), c = own_thread() % 4, place = !T::vector ? 0 : dealt ? 16 * c : 4 * c;
+  const char *rows[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int64_t token = static_cast<int64_t>(unit.span.token) + min(own + 8 * half, end - 1);
-    const char *row = static_cast<const char *>(g.query_phi) + (token * g.Hq + unit.head) * g.F * 2;
-#pragma unroll
-    for (int step = 0; step < 4 * T::panels; step++)
-#pragma unroll
-      for (int e = 0; e < 2; e++)
-        phi->x[step][half + 2 * e] = load_word<T::vector>(row, 16 * step + 8 * e + 2 * c, g.F);
+    rows[half] = static_cast<const char *>(g.query_phi) + (token * g.Hq + unit.head) * g.F * 2 + place;
+    asm volatile("" : "+l"(rows[half])); /* so that other places in it take no registers */
   }
+  const auto ask = [&](auto load) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < 2 * T::panels; i++) phi->x[half][i] = load(rows[half], 32 * i);
+  };
+  if (dealt)
+    ask([&](const char *row, int k) { return load_chunk<true>(row, k, g.F); });
+  else
+    ask([&](const char *row, int k) {
+      if (!T::vector) k += 2 * c;
+      return make_uint4(load_word<T::vector>(row, k, g.F), load_word<T::vector>(row, k + 8, g.F),
+                        load_word<T::vector>(row, k + 16, g.F), load_word<T::vector>(row, k + 24, g.F));
+    });
 }
 
 /* Of the pending tokens; the fragments of the first 64 are on their way. The helpers. */
@@ -708,15 +723,20 @@ template <typename T>
 __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, const cluster_plan &plan,
                                               const block_place &block, const scan_unit &unit,
                                               const cluster_progress &progress, query_fragments<T> *phi) {
-  const int lane = own_thread() % 32, c = lane % 4, end = uniform(progress.recall_end);
-  const int begin = uniform(progress.recall_first);
+  const int end = uniform(progress.recall_end);
 #pragma unroll 1
-  for (int first = begin; first < end; first += TILE) {
-    const int own = tile_row(first);
-    if (first > begin) ask_queries<T>(g, unit, first, end, phi);
+  for (int first = uniform(progress.recall_first);;) {
+    const int own = tile_row(first), c = own_thread() % 4;
+    lola_fragment a[2 * T::panels];
+#pragma unroll
+    for (int i = 0; i < 2 * T::panels; i++) {
+      a[i] = lola_fragment_of(phi->x[0][i], phi->x[1][i], plan.identity);
+#pragma unroll
+      for (int e = 0; e < 8; e++) asm volatile("" : "+r"(a[i].a[e / 4][e % 4])); /* not behind wgmma_fence */
+    }
     float acc[PRODUCTS][4];
     multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
-      multiply_queries(acc, phi->x[step], right, accumulate);
+      multiply_queries(acc, a[step / 2].a[step % 2], right, accumulate);
     });
     wgmma_wait<0>();
     pin(acc);
@@ -757,6 +777,9 @@ __device__ __forceinline__ void recall_tokens(const lola_device_segment &g, cons
       }
       if (!block.column_block && c == 0) g.z[index] = z;
     }
+    first += TILE;
+    if (first >= end) break;
+    ask_queries<T>(g, unit, first, end, phi);
   }
 }
 

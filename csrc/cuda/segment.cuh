@@ -83,6 +83,7 @@ typedef struct lola_device_segment {
   void *ring_phi;    /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
   void *token_phi;   /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
   void *query_phi;   /* (tokens, Hq, F): phi(q) */
+  int queries_dealt; /* features of query_phi lie as the scan's matrix units take them: store_dealt in features.cu */
   float *recalled;   /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
   float *z;          /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
   int32_t *sources;  /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
@@ -103,6 +104,10 @@ enum { LOLA_SCAN_BARRIERS = 1024 };
 enum { LOLA_FEATURES_OF_CACHE = 1, LOLA_FEATURES_OF_TOKENS = 2 };
 lola_status lola_cuda_segment_features(const lola_device_segment *segment, int parts, int beside,
                                        const struct call_rows *rows, cudaStream_t stream, lola_message *message);
+/* Whether it can deal query_phi out (queries_dealt), and whether a scan with `record` reads it so: the same in all
+ * segments of a call. */
+int lola_cuda_features_can_deal(const lola_device_segment *segment);
+int lola_cuda_scan_takes_dealt(const lola_device_segment *segment);
 /* Bytes of `exchange` for this cache on the current device. */
 int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
