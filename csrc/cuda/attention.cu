@@ -13,11 +13,11 @@
 namespace {
 
 constexpr int THREADS = 256;
-/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. Where
- * segments overlap fewer will do. */
-constexpr int64_t SEGMENT_TOKENS = 8192, OVERLAPPING_SEGMENT = 6144;
-/* Of a call from which on segments that overlap save more time than it takes to go from one to the next. */
-constexpr int64_t OVERLAPPING_TOKENS = 3072;
+/* Tokens of all rows that a segment holds, more or less: enough to fill the device, few enough to bound scratch. */
+constexpr int64_t SEGMENT_TOKENS = 8192;
+/* Of a call from which on segments that overlap save more time than it takes to go from one to the next, and from which
+ * on two of full length and their tapers do. */
+constexpr int64_t OVERLAPPING_TOKENS = 3072, TWICE_OVERLAPPING_TOKENS = 6144;
 
 /* --- the plan ---------------------------------------------------------------------------------------------------- */
 
@@ -206,10 +206,11 @@ call_cuts cut_evenly(int64_t tokens, int64_t first, int64_t count) {
 
 /* Segments that overlap: nothing runs beside the features of the first, nor beside attend of the last, so that these
  * are a quarter of the others, and the last but one is half of them. In whole chunks. */
-call_cuts cut_tapered(int64_t tokens, int64_t longest, int64_t C) {
-  const int64_t quarters = 4 * ((tokens + longest - 1) / longest); /* in all */
+call_cuts cut_tapered(int64_t tokens, int64_t longest, bool twice, int64_t C) {
+  int64_t lengths = (tokens + longest - 1) / longest; /* in all */
+  if (lengths == 1 && twice) lengths = 2;
   const auto chunks = [&](int64_t n) { return (n + C - 1) / C * C; };
-  const int64_t count = chunks(4 * tokens / quarters), first = chunks((count + 3) / 4), whole = quarters / 4 - 1;
+  const int64_t count = chunks((tokens + lengths - 1) / lengths), first = chunks((count + 3) / 4), whole = lengths - 1;
   const int64_t left = tokens - first - whole * count;
   if (left < 3 * C || left > count) return cut_evenly(tokens, first, count);
   return call_cuts{tokens, first, count, whole, chunks(left * 2 / 3), whole + 3};
@@ -217,19 +218,18 @@ call_cuts cut_tapered(int64_t tokens, int64_t longest, int64_t C) {
 
 prefill_plan plan_prefill(const lola_device_segment &g, const call_rows &rows) {
   prefill_plan plan = {{}, g.packed ? 1 : g.B, 0};
-  const auto longest = [&](int64_t tokens) {
-    int64_t n = tokens / plan.batch < 64 ? 64 : tokens / plan.batch;
-    /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
-    const int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
-    if (record > token) n = n * token / record < 64 ? 64 : n * token / record;
-    return n < rows.tokens ? n : rows.tokens;
-  };
-  const int left = rows.tokens * plan.batch >= OVERLAPPING_TOKENS ? lola_cuda_scan_leaves(&g) : 0;
-  if (left) plan.cuts = cut_tapered(rows.tokens, longest(OVERLAPPING_SEGMENT), g.C);
+  int64_t longest = SEGMENT_TOKENS / plan.batch < 64 ? 64 : SEGMENT_TOKENS / plan.batch;
+  /* Where chunks are short their records outweigh the tokens: one word for each slot and chunk. */
+  const int64_t record = static_cast<int64_t>(g.S) * g.L / g.C, token = static_cast<int64_t>(g.Hq) * (g.F + g.Dv);
+  if (record > token) longest = longest * token / record < 64 ? 64 : longest * token / record;
+  if (longest > rows.tokens) longest = rows.tokens;
+  const int64_t all = rows.tokens * plan.batch;
+  const int left = all >= OVERLAPPING_TOKENS ? lola_cuda_scan_leaves(&g) : 0;
+  if (left) plan.cuts = cut_tapered(rows.tokens, longest, all > TWICE_OVERLAPPING_TOKENS, g.C);
   if (left && plan.cuts.segments > 1)
     plan.beside = left;
   else
-    plan.cuts = cut_evenly(rows.tokens, longest(SEGMENT_TOKENS), longest(SEGMENT_TOKENS));
+    plan.cuts = cut_evenly(rows.tokens, longest, longest);
   return plan;
 }
 

@@ -331,7 +331,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
     if (i >= THREADS) value = load_value(i);
     put_values<T>(plan, i / T::value_pieces, i % T::value_pieces, value);
   }
-  const int code = newcomer_code(g, unit, unit.last);
+  const int code = static_cast<int>(lola_device_leaving_first(g, unit.last) - unit.base);
   /* The last cut between keys lay below the slots' scores, and the next one is likely to lie near it. */
   unsigned least = HIGHEST;
 #pragma unroll 1

@@ -72,11 +72,22 @@ __host__ __device__ inline int64_t table_bytes(int64_t rows, int64_t newcomers, 
   return rows * (8 + 4 + 4) + panels * 64 * 4 + newcomers * 4;
 }
 
+/* What a unit's chunks are, counted from the first that its tokens touch. */
+struct unit_chunks {
+  int count;
+  int updates; /* the first whose update is the unit's; so are those of all behind it */
+  int end;     /* tokens of the span before the second chunk, if it has so many */
+  int code;    /* of the first pair that leaves the window when the first chunk begins */
+  int leaving; /* pairs that leave it during them all */
+  int before;  /* slots in use when the first begins */
+};
+
 /* Apart from the rest, at a place that is known when compiled: it takes no register to find. */
 struct cluster_shared {
   uint64_t full, read; /* barriers: parts are there, and were read by the cluster's warps */
   uint64_t newcomers;  /* the helpers have put them in place */
   scan_unit unit;
+  unit_chunks chunks;
   int rows[ROWS_AT_ONCE]; /* cache rows with work, of those being looked at */
   int row_count[ROWS_AT_ONCE / 32];
   unsigned dropped[OWN_ROWS * WARPS];       /* a bit for each row */
@@ -335,10 +346,6 @@ template <typename T> struct newcomer_pieces {
   uint4 phi[TILE / phi_step], values[TILE / value_step];
 };
 
-__device__ __forceinline__ int newcomer_code(const lola_device_segment &g, const scan_unit &unit, int64_t chunk) {
-  return static_cast<int>(lola_device_leaving_first(g, chunk) - unit.base);
-}
-
 /* Asks for a piece of each of the pairs `code` + first, `code` + first + step, ...: of phi (`which` = 0) or of the
  * values, 8 elements from element `column` on of those that begin `offset` bytes into a row and are `columns`. */
 template <typename T, int N>
@@ -361,12 +368,13 @@ __device__ __forceinline__ void ask_pieces(const lola_device_segment &g, const s
   }
 }
 
-/* Asks for the pairs that leave when `chunk` begins, from the `first` of them on; nothing if it has no update. */
+/* Asks for the pairs that leave when a chunk begins, `code` and those behind it, from the `first` of them on; nothing
+ * if the chunk has no update. */
 template <typename T>
 __device__ __forceinline__ void ask_newcomers(const lola_device_segment &g, const block_place &block,
-                                              const scan_unit &unit, int64_t chunk, int first, bool updates,
+                                              const scan_unit &unit, int code, int first, bool updates,
                                               newcomer_pieces<T> *pieces) {
-  const int helper = own_thread() - WALKERS, code = newcomer_code(g, unit, chunk), begin = block.column_block * COLUMNS;
+  const int helper = own_thread() - WALKERS, begin = block.column_block * COLUMNS;
   *pieces = {}; /* so that nothing of the last ones is kept in registers */
   if (!unit.folds || !updates) return;
   ask_pieces<T>(g, unit, 0, code, first + helper / T::phi_pieces, newcomer_pieces<T>::phi_step, 0,
@@ -379,8 +387,8 @@ __device__ __forceinline__ void ask_newcomers(const lola_device_segment &g, cons
 template <typename T>
 __device__ __forceinline__ void put_newcomers(const lola_device_segment &g, const cluster_plan &plan,
                                               const block_place &block, const scan_unit &unit, const tables &t,
-                                              int64_t chunk, int first, const newcomer_pieces<T> &pieces) {
-  const int helper = own_thread() - WALKERS, C = static_cast<int>(g.C), code = newcomer_code(g, unit, chunk);
+                                              int code, int first, const newcomer_pieces<T> &pieces) {
+  const int helper = own_thread() - WALKERS, C = static_cast<int>(g.C);
   constexpr int phi_step = newcomer_pieces<T>::phi_step, value_step = newcomer_pieces<T>::value_step;
   if (unit.folds) {
 #pragma unroll
@@ -1141,20 +1149,36 @@ __device__ __forceinline__ void record_sources(const lola_device_segment &g, con
   if (block.rank == 0 && helper == 0) g.source_count[at] = count;
 }
 
+__device__ __forceinline__ unit_chunks chunks_of(const lola_device_segment &g, const scan_unit &unit) {
+  const int64_t first = unit.span.position / g.C, filled = (g.R + g.C - 1) / g.C; /* the first chunk to have leavers */
+  unit_chunks chunks;
+  chunks.count = static_cast<int>(unit.last - first + 1);
+  chunks.updates =
+      static_cast<int>(min(max(max(unit.span.updated + 1, filled) - first, INT64_C(0)), static_cast<int64_t>(INT_MAX)));
+  chunks.end = static_cast<int>((first + 1) * g.C - unit.span.position);
+  chunks.code = static_cast<int>(lola_device_leaving_first(g, first) - unit.base);
+  chunks.leaving = max(chunks.count - chunks.updates, 0) * static_cast<int>(g.C);
+  return chunks;
+}
+
 /* By all; HELPS tells who calls, so that the walkers' part is theirs alone: what the slots hold, whose phi are still
  * on their way when it returns. Of others' work only the spans are read before that has ended. */
 template <typename T, bool HELPS>
 __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const cluster_plan &plan,
                                            const block_place &block, cluster_shared &shared, const tables &t,
                                            cluster_progress *progress, int row, int set, int record) {
-  if (!HELPS && own_thread() == 0) shared.unit = scan_unit_of(g, g.spans[row], row, set, own_head(plan, block));
+  if (!HELPS && own_thread() == 0) {
+    shared.unit = scan_unit_of(g, g.spans[row], row, set, own_head(plan, block));
+    shared.chunks = chunks_of(g, shared.unit);
+  }
   cluster_sync();
   lola_device_await_previous();
   if (record) lola_device_start_next();
   const scan_unit &unit = shared.unit;
   const int64_t group = static_cast<int64_t>(row) * g.S + set;
   const int count = static_cast<int>(g.sparse_count[group]);
-  progress->count = count;
+  if (!HELPS && own_thread() == 0) shared.chunks.before = count;
+  progress->count = uniform(count);
   progress->folded = g.folded[static_cast<int64_t>(row) * g.Hq + unit.head] != 0;
   progress->recall_first = progress->recall_end = 0;
   if (HELPS) return;
@@ -1171,7 +1195,7 @@ __device__ __forceinline__ void begin_unit(const lola_device_segment &g, const c
 }
 
 /* Writes down what the unit's slots hold, by threads 0 .. `threads` - 1: `count` pairs where it began with `before`,
- * while `left` left the window. */
+ * while `left` pairs left the window. */
 __device__ __forceinline__ void keep_pairs(const lola_device_segment &g, const scan_unit &unit, const tables &t,
                                            int64_t before, int count, int64_t left, int thread, int threads) {
   const int64_t group = static_cast<int64_t>(unit.row) * g.S + unit.set;
@@ -1210,24 +1234,21 @@ __device__ __forceinline__ void keep_phi(const lola_device_segment &g, const clu
 /* Writes the unit back. All blocks of the cluster have read what it begins with. */
 template <typename T>
 __device__ __forceinline__ void end_unit(const lola_device_segment &g, const cluster_plan &plan,
-                                         const block_place &block, const scan_unit &unit, const tables &t,
+                                         const block_place &block, const cluster_shared &shared, const tables &t,
                                          const cluster_progress &progress, const hidden_part &h) {
+  const scan_unit &unit = shared.unit;
   if (unit.folds) store_state<T>(g, block, unit, t, h);
   if (unit.folds && unit.continues) keep_phi<T>(g, plan, block, unit, progress.count);
-  if (block.rank == 0) {
-    const lola_device_leaving leaving = lola_device_segment_leaving(g, unit.span);
-    const int64_t left = leaving.end > leaving.first ? leaving.end - leaving.first : 0;
-    const int64_t before = g.sparse_count[static_cast<int64_t>(unit.row) * g.S + unit.set];
-    walkers_sync(); /* all have read it */
-    keep_pairs(g, unit, t, before, progress.count, left, own_thread(), WALKERS);
-  }
+  if (block.rank == 0)
+    keep_pairs(g, unit, t, shared.chunks.before, progress.count, shared.chunks.leaving, own_thread(), WALKERS);
 }
 
-__device__ __forceinline__ chunk_work work_of(const lola_device_segment &g, const scan_unit &unit,
-                                              const cluster_progress &progress, int64_t chunk) {
+/* Of the unit's chunk i; all here is the same in all lanes, and known to be. */
+__device__ __forceinline__ chunk_work work_of(const lola_device_segment &g, const cluster_progress &progress, int i,
+                                              int updates, int count) {
   chunk_work work;
-  work.updates = uniform(chunk <= unit.last && chunk > unit.span.updated && lola_device_leaving_first(g, chunk) >= 0);
-  work.selects = work.updates && uniform(progress.count + g.C > g.L);
+  work.updates = i >= updates && i < count;
+  work.selects = work.updates && progress.count + static_cast<int>(g.C) > g.L;
   return work;
 }
 
@@ -1237,13 +1258,10 @@ __device__ __forceinline__ bool recalls(const lola_device_segment &g, const clus
 }
 
 /* What the chunk has changed, when it is over. */
-__device__ __forceinline__ void advance(const lola_device_segment &g, const scan_unit &unit, const chunk_work &work,
-                                        int64_t chunk, int record, cluster_progress *progress) {
+__device__ __forceinline__ void advance(const lola_device_segment &g, const chunk_work &work,
+                                        cluster_progress *progress) {
   progress->folded |= work.selects;
   if (work.updates) progress->count = work.selects ? g.L : progress->count + static_cast<int>(g.C);
-  progress->recall_first = progress->recall_end;
-  const int64_t end = (chunk + 1) * g.C - unit.span.position;
-  if (record) progress->recall_end = end < unit.span.tokens ? static_cast<int>(end) : unit.span.tokens;
 }
 
 template <typename T>
@@ -1253,38 +1271,42 @@ __device__ __forceinline__ void help_unit(const lola_device_segment &g, const cl
   cluster_progress progress = {};
   begin_unit<T, true>(g, plan, block, shared, t, &progress, row, set, record);
   const scan_unit &unit = shared.unit;
-  const int64_t first = unit.span.position / g.C, last = unit.last;
+  const unit_chunks &chunks = shared.chunks;
+  const auto code = [&](int i) { return chunks.code + i * static_cast<int>(g.C); };
+  const auto work_at = [&](int i) { return work_of(g, progress, i, uniform(chunks.updates), uniform(chunks.count)); };
   newcomer_pieces<T> pieces;
   query_fragments<T> queries;
-  chunk_work work = work_of(g, unit, progress, first);
-  ask_newcomers<T>(g, block, unit, first, 0, work.updates, &pieces);
+  chunk_work work = work_at(0);
+  ask_newcomers<T>(g, block, unit, code(0), 0, work.updates, &pieces);
   cluster_sync();
 #pragma unroll 1
-  for (int64_t chunk = first;; chunk++) {
-    if (chunk > first) named_barrier_sync(CHUNK, THREADS);
+  for (int i = 0;; i++) {
+    if (i) named_barrier_sync(CHUNK, THREADS);
     if (work.updates) {
-      put_newcomers<T>(g, plan, block, unit, t, chunk, 0, pieces);
+      put_newcomers<T>(g, plan, block, unit, t, code(i), 0, pieces);
 #pragma unroll 1
       for (int more = TILE; more < g.C; more += TILE) {
-        ask_newcomers<T>(g, block, unit, chunk, more, true, &pieces);
-        put_newcomers<T>(g, plan, block, unit, t, chunk, more, pieces);
+        ask_newcomers<T>(g, block, unit, code(i), more, true, &pieces);
+        put_newcomers<T>(g, plan, block, unit, t, code(i), more, pieces);
       }
       fence_async_proxy();
       barrier_arrive(shared_address(&shared.newcomers));
     }
     /* The chunk before still sees these tables and this state. */
-    if (chunk > first && record) record_sources(g, plan, block, unit, t, progress.count, chunk - 1 - first);
+    if (i && record) record_sources(g, plan, block, unit, t, progress.count, i - 1);
     if (recalls(g, progress))
       recall_tokens<T>(g, plan, block, unit, progress, &queries);
     else
       recall_nothing(g, block, unit, progress);
-    if (chunk > last) break;
+    if (i == uniform(chunks.count)) break;
     named_barrier_arrive(HALVES, THREADS);
-    advance(g, unit, work, chunk, record, &progress);
-    work = work_of(g, unit, progress, chunk + 1);
+    advance(g, work, &progress);
+    progress.recall_first = progress.recall_end;
+    if (record) progress.recall_end = min(chunks.end + i * static_cast<int>(g.C), unit.span.tokens);
+    work = work_at(i + 1);
     queries = {};
     if (recalls(g, progress)) ask_queries<T>(g, unit, progress.recall_first, progress.recall_end, &queries);
-    ask_newcomers<T>(g, block, unit, chunk + 1, 0, work.updates, &pieces);
+    ask_newcomers<T>(g, block, unit, code(i + 1), 0, work.updates, &pieces);
   }
   cluster_sync();
   cluster_sync(); /* the tables are read to the end */
@@ -1306,10 +1328,10 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
   cluster_sync();
   const uint32_t full = shared_address(&shared.full), read = shared_address(&shared.read),
                  newcomers = shared_address(&shared.newcomers);
+  const int updates = uniform(shared.chunks.updates), chunks = uniform(shared.chunks.count);
 #pragma unroll 1
-  for (int left = static_cast<int>(unit.last - unit.span.position / g.C); left >= 0; left--) {
-    const int64_t chunk = unit.last - left;
-    const chunk_work work = work_of(g, unit, progress, chunk);
+  for (int i = 0; i < chunks; i++) {
+    const chunk_work work = work_of(g, progress, i, updates, chunks);
     const int count = progress.count, drops = count + static_cast<int>(g.C) - g.L;
     if (work.selects) {
       /* A block that has no others in its cluster needs no barriers of the cluster. */
@@ -1339,10 +1361,10 @@ __device__ __forceinline__ void walk_unit(const lola_device_segment &g, const cl
     walkers_sync();
     named_barrier_arrive(CHUNK, THREADS);
     turns->updates += work.updates;
-    advance(g, unit, work, chunk, record, &progress);
+    advance(g, work, &progress);
   }
   cluster_sync();
-  end_unit<T>(g, plan, block, unit, t, progress, h);
+  end_unit<T>(g, plan, block, shared, t, progress, h);
   cluster_sync(); /* the tables are read to the end */
 }
 
