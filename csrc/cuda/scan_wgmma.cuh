@@ -656,16 +656,15 @@ __device__ __forceinline__ void score_pairs(const lola_device_segment &g, const 
   row_values values = {};
   float acc[PRODUCTS][4], error[2];
   const auto first_row = [&](int tile) { return tile * TILE + (tile < slot_tiles ? 0 : apart); };
-  /* Asks for a tile's products and values. */
+  /* Asks for a tile's values and products; in this order, since a warp is held while its products queue. */
   const auto ask = [&](int tile) {
     if (tile >= slot_tiles) barrier_wait(newcomers, parity);
     const int first = first_row(tile);
-    if constexpr (!T::vector) ask_values<T>(t, first + own_row, columns, &values); /* no registers are left later */
+    ask_values<T>(t, first + own_row, columns, &values);
     const uint32_t phi = wgmma_matrix(shared_address(wgmma_memory) + first * ROW, 16);
     multiply_state<T>(plan, acc, [&](int step, uint32_t right, int accumulate) {
       multiply_rows(acc, phi + step / 4 * plan.rows * (ROW / 16) + step % 4 * 2, right, accumulate);
     });
-    if constexpr (T::vector) ask_values<T>(t, first + own_row, columns, &values);
   };
   const auto place_of = [&](int tile) { return plan.parts + (block.rank * plan.rows + first_row(tile) + own_row) * 4; };
   int tile = own_warpgroup();
