@@ -251,6 +251,28 @@ def test_ragged_segments_beside_each_other_leave_the_same_bits(T):
         assert got == expected
 
 
+LONG_WINDOW = LLAMA.but(B=16, T=2400, Hq=2, D=64, Dv=64, sparse=100, window=1024)
+
+
+@pytest.mark.parametrize("case", [
+    LONG_WINDOW, LONG_WINDOW.but(dtype="float32"), LONG_WINDOW.but(score="external"), LONG_WINDOW.but(map="given", dtype="float16"),
+    LONG_WINDOW.but(B=1, T=21_000, window=6400, chunk=128)], ids=["16 bits", "32 bits", "external", "given", "beside"])
+def test_windows_longer_than_a_segment(case):
+    """What an earlier call left in the ring goes on leaving the window, and slots that it filled being dropped, segment after
+    segment; tokens of the call leave it in a later segment than they entered in."""
+    data = build(case)
+    whole, pieces = new_cache(data), new_cache(data)
+    begin = case.window + case.window // 8 + 7
+    run(data, whole, 0, begin)
+    run(data, pieces, 0, begin)
+    out = run(data, whole, begin, case.T)
+    step = 300 if case.B > 1 else 2000
+    parts = [run(data, pieces, lo, min(lo + step, case.T)) for lo in range(begin, case.T, step)]
+    assert_same_bits(np.concatenate(parts, 1), out)
+    assert_same_memory(whole, pieces, case.Hq)
+    assert snapshot(whole) == snapshot(pieces)
+
+
 @only_on_cuda
 def test_a_million_tokens():
     """In one call; memory beyond inputs and outputs does not grow with the length."""
