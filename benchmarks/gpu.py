@@ -31,7 +31,7 @@ _AHEAD = 2_000_000   # cycles, some 1 ms, that the host is ahead of the device w
 # A part of a kernel's name, and the step that it belongs to; the first that fits.
 _STEPS = {name: name for name in ("features", "scan", "attend", "commit", "decode", "score", "select", "fold")} | {
     "tensor_kernel": "features", "plain_kernel": "features", "plan_kernel": "plan", "zero_outside": "plan", "memset": "memory",
-    "memcpy": "memory"}
+    "memcpy": "memory", "begin_rows": "memory"}
 
 
 class Gpu:
