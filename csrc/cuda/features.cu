@@ -35,8 +35,8 @@ struct feature_job {
   int64_t T, rows;
   int per_head; /* query heads per head of x */
   float *out;
-  int side_key, round; /* which weights ARRAY takes; rounding to bfloat16 */
-  int beside; /* > 0: the launch does not await the one before it, which leaves so many multiprocessors (chain.cuh) */
+  int side_key, round;                /* which weights ARRAY takes; rounding to bfloat16 */
+  int beside;                         /* multiprocessors to run on beside the kernel before it (chain.cuh), or 0 */
   lola_dtype target;                  /* what is stored: bfloat16 or float32 */
   int sources[4], count;              /* kinds */
   int row_tiles[4];                   /* tiles per cache row (SLOTS, RING) or in all */

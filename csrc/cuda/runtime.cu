@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "device.cuh"
+#include "segment.cuh"
 #include "steps.cuh"
 
 lola_status lola_cuda_status(cudaError_t error, const char *what, lola_message *message) {
@@ -192,7 +193,7 @@ lola_status begin_rows(int device, int64_t *chunks, int64_t *row_ids, int64_t fi
   const int64_t wanted = (rows + THREADS - 1) / THREADS;
   const unsigned blocks = static_cast<unsigned>(wanted < MOST_BLOCKS ? wanted : MOST_BLOCKS);
   begin_rows_kernel<<<blocks, THREADS, 0, as_stream(stream)>>>(chunks, row_ids, first, rows);
-  return lola_cuda_status(cudaGetLastError(), "the launch of CUDA kernel begin_rows", message);
+  return lola_cuda_launched("begin_rows", message);
 }
 
 /* --- streams ----------------------------------------------------------------------------------------------------- */

@@ -1240,6 +1240,17 @@ lola_status make_cluster_plan(const scan_sizes &sizes, const device_limits &limi
   return LOLA_OK;
 }
 
+scan_sizes sizes_of(const lola_device_segment &g) {
+  return scan_sizes{g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
+}
+
+/* The same of a segment, on the current device. */
+lola_status make_cluster_plan(const lola_device_segment &g, device_limits *limits, wgmma_scan::cluster_plan *plan,
+                              lola_message *message) {
+  const lola_status status = look_up_device(limits, message);
+  return status ? status : make_cluster_plan(sizes_of(g), *limits, plan, message);
+}
+
 lola_status make_plan(const scan_sizes &sizes, const device_limits &limits, scan_plan *plan, lola_message *message) {
   *plan = scan_plan{};
   plan->column_blocks = static_cast<int>((sizes.Dv + COLUMNS - 1) / COLUMNS);
@@ -1294,9 +1305,7 @@ int64_t exchange_bytes(const scan_plan &plan) {
 /* How an update of decoding goes where it computes its features itself; with 0 `groups` where it does not. */
 lola_status make_update_plan(const lola_device_segment &g, device_limits *limits, wgmma_scan::cluster_plan *plan,
                              lola_message *message) {
-  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
-  lola_status status = look_up_device(limits, message);
-  if (!status) status = make_cluster_plan(sizes, *limits, plan, message);
+  const lola_status status = make_cluster_plan(g, limits, plan, message);
   if (status) return status;
   if (!wgmma_scan::update_projects(g, *plan) ||
       plan->shared_bytes > limits->shared - fixed_shared<wgmma_scan::update_shared>)
@@ -1335,24 +1344,20 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache) {
 }
 
 int lola_cuda_scan_leaves(const lola_device_segment *segment) {
-  const lola_device_segment &g = *segment;
-  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
   device_limits limits;
   wgmma_scan::cluster_plan clusters;
   lola_message ignored; /* the scan says it */
-  if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
+  if (make_cluster_plan(*segment, &limits, &clusters, &ignored)) return 0;
   const int left = limits.processors - clusters.groups * clusters.blocks;
   return clusters.groups && left * 3 >= limits.processors ? left : 0;
 }
 
 int lola_cuda_scan_takes_dealt(const lola_device_segment *segment) {
   const lola_device_segment &g = *segment;
-  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
   device_limits limits;
   wgmma_scan::cluster_plan clusters;
   lola_message ignored; /* the scan says it */
-  if (look_up_device(&limits, &ignored) || make_cluster_plan(sizes, limits, &clusters, &ignored)) return 0;
-  return clusters.groups && g.F % 32 == 0 && reads_vectors(g);
+  return !make_cluster_plan(g, &limits, &clusters, &ignored) && clusters.groups && g.F % 32 == 0 && reads_vectors(g);
 }
 
 int lola_cuda_update_projects(const lola_device_segment *segment) {
@@ -1381,11 +1386,9 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
   if (g.score == LOLA_SCORE_ATTENTION)
     return lola_fail(message, LOLA_VALUE_ERROR,
                      "score 'attention' runs on the CPU only: use a cache with device='cpu', or another score");
-  const scan_sizes sizes = {g.B, g.S, g.rs, g.Dv, g.F, g.L, g.C, g.dtype, g.score};
   device_limits limits;
   wgmma_scan::cluster_plan clusters;
-  lola_status status = look_up_device(&limits, message);
-  if (!status) status = make_cluster_plan(sizes, limits, &clusters, message);
+  lola_status status = make_cluster_plan(g, &limits, &clusters, message);
   if (status) return status;
   const bool vector = reads_vectors(g);
   if (clusters.groups) {
@@ -1393,7 +1396,7 @@ lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaS
     return lola_cuda_status(wgmma_scan::launch(g, clusters, record, vector, stream), "scan", message);
   }
   scan_plan plan;
-  status = make_plan(sizes, limits, &plan, message);
+  status = make_plan(sizes_of(g), limits, &plan, message);
   if (status) return status;
   if (exchange_bytes(plan) > g.exchange_bytes)
     return lola_fail(message, LOLA_DEVICE_ERROR, "the cache's workspace was made for another device");

@@ -78,18 +78,18 @@ typedef struct lola_device_segment {
   int64_t longest_in_call; /* and of the call */
   int chunk_records;       /* rows of the per-chunk arrays */
   lola_device_span *spans; /* (B,) */
-  int spans_are_old; /* they were written two kernels before scan, or earlier: it need not await others to read them */
-  void *slot_phi;    /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
-  void *ring_phi;    /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
-  void *token_phi;   /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
-  void *query_phi;   /* (tokens, Hq, F): phi(q) */
-  int queries_dealt; /* features of query_phi lie as the scan's matrix units take them: store_dealt in features.cu */
-  float *recalled;   /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
-  float *z;          /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
-  int32_t *sources;  /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
-  int32_t *source_count; /* (chunk_records, S) */
-  int32_t *slot_source;  /* (B, S, L): code of what each sparse slot holds after the last scan */
-  void *exchange;        /* scan's own: scores between its blocks */
+  int spans_are_old;       /* they were written two kernels before scan, or earlier: it awaits nobody to read them */
+  void *slot_phi;          /* (B, Hq, L, F) feature type; of slots as they were when the segment began */
+  void *ring_phi;          /* (B, Hq, R, F), by ring slot position mod R; of the ring as the call found it */
+  void *token_phi;         /* (key_rows, Hq, F): phi(k) of the call's tokens that leave the window with the segment */
+  void *query_phi;         /* (tokens, Hq, F): phi(q) */
+  int queries_dealt;       /* query_phi lies as the scan's matrix units take it (store_dealt in features.cu) */
+  float *recalled;         /* (tokens, Hq, Dv): phi(q)^T H; unset where z = 0 */
+  float *z;                /* (tokens, Hq): phi(q)^T s; 0 where nothing is folded and for mixing "cache_only" */
+  int32_t *sources;        /* (chunk_records, S, L): codes of the pairs that the chunk's queries see */
+  int32_t *source_count;   /* (chunk_records, S) */
+  int32_t *slot_source;    /* (B, S, L): code of what each sparse slot holds after the last scan */
+  void *exchange;          /* scan's own: scores between its blocks */
   int64_t exchange_bytes;
   unsigned *barriers; /* scan's own: zero between launches, LOLA_SCAN_BARRIERS of them */
 } lola_device_segment;
