@@ -5,15 +5,15 @@
  * that one has waited in its turn, for all before. What comes earlier may only work out indices and ask for prefetches.
  * A kernel launched the ordinary way waits by itself; on older devices both functions are empty and launches ordinary.
  *
- * lola_device_start_next comes after lola_device_await_previous, but in a commit of sparse slots, in decoding's scan
- * and merge, which hold nobody up, and in kernels beside others. Decoding's main kernel comes behind that scan and
- * builds on it: once it has started, features has begun behind its wait, so all that came before features has ended. An
- * update that computes its features itself (scan_update.cuh) comes in the place of both and before the kernel of the
- * queries, which runs beside it, and so does the main kernel: decode_rows.cuh has the signals that they wait for. In a
- * small step, which has no such kernel, the update lets the next one start before it awaits the last step, so that this
- * one asks for what it can meanwhile. An update looks for something to do before it awaits the last step: it relies on
- * all that counts tokens having ended before it starts, but one step. So a commit with which a call ends does not let
- * the next kernel start before.
+ * lola_device_start_next comes after lola_device_await_previous, but in a commit of sparse slots, in decoding's scan,
+ * which hold nobody up, and in kernels beside others, those of a large decoding step among them: these wait for the
+ * step's begin instead (decode_rows.cuh), and only its first kernel, an update or decode_begin_kernel, awaits all
+ * before. Behind features and a scan, where an update takes these, decoding's main kernel starts no sooner than the
+ * scan, and this when features has begun behind its wait. In a small step the update lets the next kernel start before
+ * it awaits the last step, so that this one asks for what it can meanwhile. An update looks for something to do before
+ * it awaits the last step: it relies on all that counts tokens having ended before it starts, but one step. So a commit
+ * with which a call ends does not let the next kernel start before; and a large step's last kernel starts when the main
+ * kernel knows of the begin, that is, when the step before has ended.
  *
  * Kernels may also run beside the one before them, on multiprocessors that it leaves free: behind a kernel that lets
  * the next one start when all of its blocks run, and no sooner than it has awaited all before it, come one or more that

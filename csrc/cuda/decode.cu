@@ -1,7 +1,7 @@
 /* decode: one token for each row that is not idle. The update of the cache where one kernel does it (scan_update.cuh),
- * the rows' spans and phi(q) (decode_queries.cuh), the update where it takes more, then everything else; they run
- * beside one another as far as they can. A small batch goes through a kernel of its own (decode_small.cuh) behind the
- * update.
+ * phi(q) (decode_queries.cuh), the update where it takes more, then everything else; they run beside one another as far
+ * as they can, and start before the step begins (decode_rows.cuh). A small batch goes through a kernel of its own
+ * (decode_small.cuh) behind the update.
  *
  * The bytes of window, sparse cache and hidden state are the floor, so their reading is spread over many blocks: each
  * (row, KV head) has an item per part of a query head's state for phi(q)^T H (a float32 F x Dv state), one per tile of
@@ -37,8 +37,6 @@ int shift_of(int64_t n) {
   while (shift < 5 && (INT64_C(1) << shift) < n) shift++;
   return shift;
 }
-
-divisor divisor_of(int64_t d) { return divisor{d > 0 ? UINT64_MAX / static_cast<uint64_t>(d) + 1 : 0, d}; }
 
 struct plan_sizes {
   int64_t r, sets, D, Dv, F, R, L; /* query heads and sets per KV head */
@@ -87,8 +85,7 @@ decode_plan plan_of(const plan_sizes &sizes, bool matrix) {
   p.state_parts = p.pipeline ? static_cast<int>(sizes.F / UNIT_PAIRS) : 1;
   p.state_items = sizes.r * p.state_parts;
   p.sparse_items = sizes.sets * p.sparse_tiles;
-  p.pair_items = p.sparse_items + p.window_tiles;
-  p.items = p.state_items + p.pair_items;
+  p.items = p.state_items + p.sparse_items + p.window_tiles;
   p.slots = p.window_tiles + p.sparse_tiles + p.state_parts;
   p.head_floats = p.slots * (p.columns + 4);
   p.group_floats = sizes.r * p.head_floats;
@@ -139,7 +136,7 @@ void place_shared(const plan_sizes &sizes, decode_plan *p) {
   p->shared_bytes = most;
 }
 
-/* Scratch: signals; counters of arrivals per (row, KV head) and per row, zero between launches; rows; phi(q);
+/* Scratch: signals; counters of arrivals per (row, KV head) and per row, zero between steps; rows; phi(q);
  * partials. */
 int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) * 4, 256) * 256; }
 int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row) + 4), 256) * 256; }
@@ -207,8 +204,8 @@ struct row_window {
 __device__ __forceinline__ row_window window_of(const lola_device_segment &g, const decode_plan &plan,
                                                 int64_t position) {
   row_window w;
-  w.small = plan.small_sizes && position < INT64_C(0x7fffffff);
-  w.chunk = divided(position, plan.by_C, w.small);
+  w.small = plan.row.small_sizes && position < INT64_C(0x7fffffff);
+  w.chunk = divided(position, plan.row.by_C, w.small);
   const int64_t start = w.chunk * g.C - g.W;
   w.first = start > 0 ? start : 0;
   w.pairs = position + 1 - w.first;
@@ -218,7 +215,7 @@ __device__ __forceinline__ row_window window_of(const lola_device_segment &g, co
 template <typename T, int LANES>
 __global__ void __launch_bounds__(THREADS, 3)
     decode_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                  unsigned *counters, const float *query_phi, float *scratch) {
+                  decode_signals *signals, unsigned *counters, const float *query_phi, float *scratch) {
   extern __shared__ __align__(16) char shared[];
   /* What is needed once more at the end waits in shared memory, not in registers. */
   __shared__ lola_device_span kept;
@@ -227,6 +224,7 @@ __global__ void __launch_bounds__(THREADS, 3)
   const block_part b = part_of(g, plan);
   if (plan.prefetch && threadIdx.x == 0) prefetch_part(g, plan, b);
   lola_device_await_previous();
+  if (blockIdx.x == 0 && threadIdx.x == 0) forget_begin(signals);
 
   /* What a block needs to know of its part is asked for beside the span, not after it. */
   const int sets = g.S / g.Hkv;
@@ -272,7 +270,7 @@ __global__ void __launch_bounds__(THREADS, 3)
       from.keys = static_cast<const char *>(g.window_keys) + b.group * g.R * g.D * item_bytes;
       from.values = static_cast<const char *>(g.window_values) + b.group * g.R * g.Dv * item_bytes;
       from.slot = window.first + before;
-      from.slot -= divided(from.slot, plan.by_R, window.small) * g.R;
+      from.slot -= divided(from.slot, plan.row.by_R, window.small) * g.R;
       from.slots = g.R;
       from.key = lola_device_at(g.k, span.batch, span.first, b.kv_head);
       from.value = lola_device_at(g.v, span.batch, span.first, b.kv_head);
@@ -354,6 +352,7 @@ scratch_places places_in(void *scratch, const lola_device_segment &g) {
 
 struct launch_arguments {
   const lola_device_segment *segment;
+  const call_rows *rows;
   decode_plan plan;
   scratch_places scratch;
   bool is_long;
@@ -370,14 +369,19 @@ cudaError_t launch(const launch_arguments &a, int device, int threads, A... argu
 
 template <typename T, int LANES> cudaError_t launch_tiles(const launch_arguments &a, int device) {
   const scratch_places &s = a.scratch;
-  return launch<decode_kernel<T, LANES>>(a, device, THREADS, s.counters, s.phi, s.partials);
+  return launch<decode_kernel<T, LANES>>(a, device, THREADS, s.rows.signals, s.counters, s.phi, s.partials);
 }
-
-pipeline_scratch units_of(const scratch_places &places) { return {places.rows, places.phi, places.partials}; }
 
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    if (a.plan.pipeline) return launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, units_of(a.scratch));
+    if (a.plan.pipeline) {
+      const pipeline_scratch scratch = {a.scratch.rows, a.scratch.phi, a.scratch.partials};
+      const cudaError_t error = launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, *a.rows, scratch);
+      if (error != cudaSuccess) return error;
+      const int64_t groups = static_cast<int64_t>(a.segment->B) * a.segment->Hkv;
+      return lola_cuda_launch_chained(decode_merge_kernel, static_cast<unsigned>(divided_up(groups, MERGED_GROUPS)),
+                                      MERGED_GROUPS * THREADS, 0, a.stream, *a.segment, a.plan, scratch);
+    }
     if (a.plan.matrix) return a.is_long ? launch_tiles<T, LONG_MATRIX>(a, device) : launch_tiles<T, MATRIX>(a, device);
   }
   if (a.plan.lanes == 8) return launch_tiles<T, 8>(a, device);
@@ -495,7 +499,7 @@ bool plan_small(const lola_device_segment &g, const decode_plan &p, const device
   plan->window_tiles = static_cast<int>(p.window_tiles);
   plan->sparse_tiles = static_cast<int>(p.sparse_tiles);
   plan->tiles = static_cast<int>(tiles);
-  plan->first_update = p.first_update;
+  plan->first_update = p.row.first_update;
   plan->per_C = 1.0 / static_cast<double>(g.C);
   plan->per_ring = 1.0 / static_cast<double>(g.R);
   plan->by_rs = p.by_rs;
@@ -538,17 +542,15 @@ lola_status plan_step(const lola_device_segment &g, decode_plan *plan, small_pla
   p.call_aligned = p.cache_aligned && lola_device_rows_are_aligned(g.k) && lola_device_rows_are_aligned(g.v);
   p.query_aligned = g.q.dtype == g.dtype && lola_device_rows_are_aligned(g.q);
   p.by_items = divisor_of(p.items);
-  p.by_pair_items = divisor_of(p.pair_items);
+  p.by_sparse_items = divisor_of(p.sparse_items);
+  p.by_window_tiles = divisor_of(p.window_tiles);
   p.by_state_items = divisor_of(p.state_items);
   p.by_kv_heads = divisor_of(g.Hkv);
   p.by_state_parts = divisor_of(p.state_parts);
   p.by_sparse_tiles = divisor_of(p.sparse_tiles);
   p.by_rs = divisor_of(g.rs);
   p.by_pairs = divisor_of(p.pairs);
-  p.by_C = divisor_of(g.C);
-  p.by_R = divisor_of(g.R);
-  p.first_update = (g.W / g.C + 1) * g.C;
-  p.small_sizes = g.C < INT64_C(0x40000000) && g.W < INT64_C(0x40000000) && g.R < INT64_C(0x40000000);
+  p.row = plan_rows(g, !p.pipeline || g.slot_phi);
   if (p.pipeline && has_wide_features(g) && p.call_aligned && p.query_aligned) {
     const int widest =
         g.dtype == LOLA_FLOAT16 ? widest_cluster<__half>(*device) : widest_cluster<__nv_bfloat16>(*device);
@@ -582,7 +584,7 @@ int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
 
 namespace {
 
-/* The first kernel's plan, but for its blocks. */
+/* The plan of the queries' kernel, but for its blocks. */
 query_plan plan_queries(const lola_device_segment &g, int rows_of_block) {
   const int M = lola_device_is_hedgehog(g.map) ? g.F / 2 : g.F;
   query_plan plan = {};
@@ -603,38 +605,57 @@ int64_t query_bytes(const lola_device_segment &g, const query_plan &plan) {
   return g.stores_features ? 0 : (plan.parts + g.D + g.F) * 4;
 }
 
-lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const decode_plan &step, int beside,
-                           const scratch_places &places, const device_limits &limits, int device, cudaStream_t stream,
-                           lola_message *message) {
-  if (step.pipeline && has_wide_features(g) && g.mixing != LOLA_MIXING_CACHE_ONLY &&
-      lola_device_rows_are_aligned(g.q)) {
-    const int blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
-    cudaError_t error = allow_shared<decode_wide_queries_kernel>(WIDE_BYTES, device);
-    if (error == cudaSuccess)
-      error =
-          lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(1 + g.Hq * blocks), WIDE_THREADS,
-                                   WIDE_BYTES, stream, g, rows, step, blocks, beside, places.rows, places.phi);
-    return launched(error, "decode_queries", message);
+/* A launch of that kernel, or of the one for wide features. */
+struct query_launch {
+  query_plan plan;
+  bool wide, many;
+  int64_t blocks, bytes;
+};
+
+lola_status plan_query_launch(const lola_device_segment &g, const device_limits &limits, decode_plan *step,
+                              query_launch *launch, lola_message *message) {
+  query_launch l = {};
+  l.wide = step->pipeline && has_wide_features(g) && lola_device_rows_are_aligned(g.q);
+  if (g.mixing == LOLA_MIXING_CACHE_ONLY) {
+    l.blocks = 0;
+  } else if (l.wide) {
+    l.plan.blocks = static_cast<int>(divided_up(g.B, WIDE_ROWS));
+    l.blocks = g.Hq * static_cast<int64_t>(l.plan.blocks);
+    l.bytes = WIDE_BYTES;
+  } else {
+    l.plan = plan_queries(g, 1);
+    l.many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
+             MANY_ROWS * query_bytes(g, l.plan) <= 48 << 10;
+    const int rows_of_block = l.many ? MANY_ROWS : 1;
+    if (l.many) l.plan = plan_queries(g, MANY_ROWS);
+    l.bytes = rows_of_block * query_bytes(g, l.plan);
+    if (l.bytes + 64 > limits.shared_bytes) return too_large(g, l.bytes, limits.shared_bytes, message);
+    l.plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
+    l.blocks = g.Hq * static_cast<int64_t>(l.plan.blocks);
   }
-  query_plan plan = plan_queries(g, 1);
-  const bool many = static_cast<int64_t>(g.B) * g.Hq > 4 * static_cast<int64_t>(limits.processors) &&
-                    MANY_ROWS * query_bytes(g, plan) <= 48 << 10;
-  const int rows_of_block = many ? MANY_ROWS : 1;
-  if (many) plan = plan_queries(g, MANY_ROWS);
-  const int64_t bytes = rows_of_block * query_bytes(g, plan);
-  if (bytes + 64 > limits.shared_bytes) return too_large(g, bytes, limits.shared_bytes, message);
-  plan.blocks = static_cast<int>(divided_up(g.B, rows_of_block));
-  const int64_t blocks = 1 + (g.mixing == LOLA_MIXING_CACHE_ONLY ? 0 : g.Hq) * static_cast<int64_t>(plan.blocks);
-  if (blocks > INT64_C(0x7fffffff)) return too_many(g, message);
+  if (l.blocks > INT64_C(0x7fffffff)) return too_many(g, message);
+  step->query_blocks = static_cast<unsigned>(l.blocks);
+  *launch = l;
+  return LOLA_OK;
+}
+
+lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const query_launch &launch,
+                           const scratch_places &places, int device, cudaStream_t stream, lola_message *message) {
+  if (!launch.blocks) return LOLA_OK;
   const auto queue = [&](auto kernel) {
-    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(blocks), THREADS, bytes, stream, g, rows, plan, step,
-                                    beside, places.rows, places.phi);
+    return lola_cuda_launch_chained(kernel, static_cast<unsigned>(launch.blocks), THREADS, launch.bytes, stream, g,
+                                    rows, launch.plan, places.rows, places.phi);
   };
   cudaError_t error = cudaSuccess;
-  if (many) {
+  if (launch.wide) {
+    error = allow_shared<decode_wide_queries_kernel>(WIDE_BYTES, device);
+    if (error == cudaSuccess)
+      error = lola_cuda_launch_chained(decode_wide_queries_kernel, static_cast<unsigned>(launch.blocks), WIDE_THREADS,
+                                       WIDE_BYTES, stream, g, rows, launch.plan.blocks, places.rows, places.phi);
+  } else if (launch.many) {
     error = queue(decode_queries_kernel<MANY_ROWS>);
   } else {
-    if (bytes > 48 << 10) error = allow_shared<decode_queries_kernel<1>>(bytes, device);
+    if (launch.bytes > 48 << 10) error = allow_shared<decode_queries_kernel<1>>(launch.bytes, device);
     if (error == cudaSuccess) error = queue(decode_queries_kernel<1>);
   }
   return launched(error, "decode_queries", message);
@@ -650,6 +671,23 @@ cudaError_t launch_small(const lola_device_segment &g, const call_rows &rows, co
 
 } // namespace
 
+/* A small step: an update, and a kernel for the rest. */
+static lola_status decode_small(const lola_device_segment &g, const call_rows &rows, small_plan plan,
+                                unsigned *row_counters, int updates, cudaStream_t stream, lola_message *message) {
+  lola_status status = LOLA_OK;
+  if (updates && !g.slot_phi) {
+    status = lola_cuda_update(&g, rows, row_plan{}, decode_rows{}, stream, message);
+  } else if (updates) {
+    status = lola_cuda_segment_features(&g, LOLA_FEATURES_OF_CACHE, 0, &rows, stream, message);
+    if (!status) status = lola_cuda_scan(&g, 0, stream, message);
+  }
+  if (status) return status;
+  plan.updates = updates;
+  return launched(g.dtype == LOLA_FLOAT16 ? launch_small<__half>(g, rows, plan, row_counters, stream)
+                                          : launch_small<__nv_bfloat16>(g, rows, plan, row_counters, stream),
+                  "decode", message);
+}
+
 lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
                              cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
@@ -658,35 +696,36 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
   device_limits limits = {};
   decode_plan plan = {};
   small_plan small = {};
+  query_launch queries = {};
   lola_status status = plan_step(g, &plan, &small, &device, &limits, message);
   if (status) return status;
   const scratch_places places = places_in(scratch, g);
+  if (plan.small) return decode_small(g, rows, small, places.row_counters, updates, stream, message);
+  status = plan_query_launch(g, limits, &plan, &queries, message);
+  if (status) return status;
   const bool projects = updates && !g.slot_phi;
-  if (projects) status = lola_cuda_update(segment, rows, plan.small ? nullptr : places.rows.signals, stream, message);
-  /* What an update can do itself, queries fit: from here on nothing is refused for its size. */
-  if (!status && !plan.small) status = launch_queries(g, rows, plan, projects, places, limits, device, stream, message);
-  if (!status && updates && !projects) {
+  if (projects)
+    status = lola_cuda_update(segment, rows, plan.row, places.rows, stream, message);
+  else
     status =
-        lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, plan.small ? &rows : nullptr, stream, message);
+        launched(lola_cuda_launch_chained(decode_begin_kernel, 1, THREADS, 0, stream, g, rows, plan.row, places.rows),
+                 "decode_begin", message);
+  if (!status) status = launch_queries(g, rows, queries, places, device, stream, message);
+  if (!status && updates && !projects) {
+    status = lola_cuda_segment_features(segment, LOLA_FEATURES_OF_CACHE, 0, nullptr, stream, message);
     lola_device_segment scanned = g;
-    scanned.spans_are_old = !plan.small;
+    scanned.spans_are_old = 1;
     if (!status) status = lola_cuda_scan(&scanned, 0, stream, message);
   }
   if (!status && updates && !plan.gathers) status = lola_cuda_commit_sparse(segment, stream, message);
-  if (status) return status;
-  if (plan.small) {
-    small.updates = updates;
-    return launched(g.dtype == LOLA_FLOAT16 ? launch_small<__half>(g, rows, small, places.row_counters, stream)
-                                            : launch_small<__nv_bfloat16>(g, rows, small, places.row_counters, stream),
-                    "decode", message);
+  if (!status) {
+    const launch_arguments a = {segment, &rows, plan, places, is_long(sizes_of(g)), stream};
+    const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
+                              : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
+                                                        : launch_items<__nv_bfloat16>(a, device);
+    status = launched(error, "decode", message);
   }
-  const launch_arguments a = {segment, plan, places, is_long(sizes_of(g)), stream};
-  const cudaError_t error = g.dtype == LOLA_FLOAT32   ? launch_items<float>(a, device)
-                            : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
-                                                      : launch_items<__nv_bfloat16>(a, device);
-  status = launched(error, "decode", message);
-  if (status || !plan.pipeline) return status;
-  const unsigned groups = static_cast<unsigned>(g.B) * static_cast<unsigned>(g.Hkv);
-  return launched(lola_cuda_launch_chained(decode_merge_kernel, groups, THREADS, 0, stream, g, plan, units_of(places)),
-                  "decode_merge", message);
+  /* A step that has begun but does not end: the next one must not take its signals for its own. */
+  if (status) cudaMemsetAsync(places.rows.signals, 0, sizeof(decode_signals), stream);
+  return status;
 }

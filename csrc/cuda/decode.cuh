@@ -12,24 +12,6 @@ constexpr int PIECE = 16; /* bytes of a copy */
 constexpr float LOG2E = 0x1.715476p+0f;
 constexpr unsigned ALL = 0xffffffffu;
 
-/* --- division by a number that the host knows ------------------------------------------------------- */
-
-/* For 1 <= d < 2^31 and x < 2^32, x / d is the upper half of x * ceil(2^64 / d). */
-struct divisor {
-  uint64_t inverse; /* 0 for d = 1, and where d is too large */
-  int64_t d;
-};
-
-__device__ __forceinline__ unsigned divided(unsigned x, const divisor &by) {
-  return by.inverse ? static_cast<unsigned>(__umul64hi(by.inverse, x)) : x;
-}
-
-/* The same for a position, however far; `small` when everything fits 31 bits. */
-__device__ __forceinline__ int64_t divided(int64_t x, const divisor &by, bool small) {
-  if (small) return divided(static_cast<unsigned>(x), by);
-  return x / by.d;
-}
-
 /* --- the plan --------------------------------------------------------------------------------------- */
 
 /* Tiles and partials are fixed by the cache's sizes, so a row's sums are the same in any batch. A partial is `columns`
@@ -47,19 +29,18 @@ struct decode_plan {
   int state_parts;                    /* of a query head's state */
   int64_t state_items, sparse_items;  /* of a (row, KV head) */
   int64_t items;                      /* of a (row, KV head), in all: states, sparse tiles, window tiles */
-  int64_t pair_items;                 /* of them, all but the states */
   int64_t slots;                      /* partials per query head */
   int64_t head_floats, group_floats;  /* of the partials of a query head, of a (row, KV head) */
   int64_t blocks;                     /* of the main kernel */
-  divisor by_items, by_pair_items, by_state_items, by_kv_heads, by_state_parts, by_sparse_tiles, by_rs, by_pairs, by_C,
-      by_R;
-  int small_sizes;                 /* C, R and W fit 31 bits */
-  int64_t first_update;            /* the first position whose chunk does not begin within W */
+  divisor by_items, by_sparse_items, by_window_tiles, by_state_items, by_kv_heads, by_state_parts, by_sparse_tiles,
+      by_rs, by_pairs;
+  row_plan row;
   int state_vector, state_shift;   /* floats of H a thread copies at once; threads that share a row of H, base 2 */
   int state_stages;                /* stages of H when it is even (decode_state.cuh), otherwise 0 */
   int cache_aligned, call_aligned; /* rows of the cache, of the call's k and v, begin at multiples of 16 bytes */
   int query_aligned;               /* rows of q do, and q has the cache's type */
   int prefetch;                    /* the grid is small: ask for everything at once, before it is known to be needed */
+  unsigned query_blocks;           /* of the queries' kernel */
   int small;                       /* a unit a block, and no kernel for queries */
   int gathers; /* it reads pairs that enter the sparse cache from the window ring, and commits them to their slots */
   int values_at, merge_at, sums_at, weight_at, queries_at; /* shared memory of a tile, offsets in bytes */

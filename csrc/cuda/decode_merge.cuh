@@ -2,6 +2,7 @@
 #ifndef LOLA_CUDA_DECODE_MERGE_CUH
 #define LOLA_CUDA_DECODE_MERGE_CUH
 
+#include "chain.cuh"
 #include "decode.cuh"
 
 namespace {
@@ -97,24 +98,31 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
   }
 }
 
-/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them. All that one
- * head needs is asked for before any of it is used, so that it takes as long as one load, not as many one after the
- * other. */
-template <class Count, class Gate>
-__device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int64_t batch,
-                                           int64_t first, int kv_head, int window_pairs, Count count_of, Gate gate_of,
-                                           const float *partials) {
-  constexpr int MERGE = 12, PARTS = 2;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = plan.columns + 4;
+/* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them, by THREADS
+ * threads. All that one head needs is asked for before any of it is used, so that it takes as long as one load, not as
+ * many one after the other. It awaits the kernel before this one, when it has all but the partials, and, of a row that
+ * is `updated`, the counts of its sparse pairs. */
+template <class Count>
+__device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int thread,
+                                           int64_t batch, int64_t first, int kv_head, int window_pairs, bool updated,
+                                           Count count_of, const float *partials) {
+  constexpr int MERGE = 12, PARTS = 2, COLUMNS = 128, STRIDE = COLUMNS + 4;
+  const int warp = thread / 32, lane = thread % 32;
   const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
-  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * stride; /* to the first sparse tile */
+  const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * STRIDE; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {
-    const int tiles = window_tiles + tiles_of(plan, count_of(j)), head = kv_head * g.r + j;
+    const int head = kv_head * g.r + j;
     const float *const own = partials + j * plan.head_floats;
-    const float *const state = own + (slots - plan.state_parts) * stride;
+    const float *const state = own + (slots - plan.state_parts) * STRIDE;
+    char *const out = lola_device_at(g.out, batch, first, head);
+    char *const share = g.share.data ? lola_device_at(g.share, batch, first, head) : nullptr;
+    const float gate = g.gate ? __ldg(g.gate + head) : 0;
+    int64_t count = updated ? 0 : count_of(j);
+    lola_device_await_previous();
+    if (updated) count = count_of(j);
+    const int tiles = window_tiles + tiles_of(plan, count);
     float high = -INFINITY, sum = 0, z = 0, o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
-    const float gate = gate_of(j);
     int done = 0;
     do {
       const int left = min(tiles - done, MERGE);
@@ -122,11 +130,11 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
       float part_z[PARTS];
       float2 pair = make_float2(-INFINITY, 0);
       if (lane < left)
-        pair = __ldcg(reinterpret_cast<const float2 *>(own + (done + lane) * stride +
-                                                       (done + lane < window_tiles ? 0 : gap) + plan.columns));
+        pair = __ldcg(reinterpret_cast<const float2 *>(own + (done + lane) * STRIDE +
+                                                       (done + lane < window_tiles ? 0 : gap) + COLUMNS));
 #pragma unroll
       for (int t = 0; t < MERGE; t++) {
-        const int at = (done + t) * stride + (done + t < window_tiles ? 0 : gap) + lane * 4;
+        const int at = (done + t) * STRIDE + (done + t < window_tiles ? 0 : gap) + lane * 4;
         x[t] = make_float4(0, 0, 0, 0);
         if (t < left) x[t] = __ldcg(reinterpret_cast<const float4 *>(own + at));
       }
@@ -136,8 +144,8 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
         y[part] = make_float4(0, 0, 0, 0);
         part_z[part] = 0;
         if (!there) continue;
-        y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
-        part_z[part] = __ldcg(state + part * stride + plan.columns);
+        y[part] = __ldcg(reinterpret_cast<const float4 *>(state + part * STRIDE + lane * 4));
+        part_z[part] = __ldcg(state + part * STRIDE + COLUMNS);
       }
       add_tiles(pair, x, &high, &sum, o);
 #pragma unroll
@@ -152,22 +160,22 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
     } while (done < tiles);
 #pragma unroll 1
     for (int part = PARTS; part < plan.state_parts; part++) {
-      const float4 y = __ldcg(reinterpret_cast<const float4 *>(state + part * stride + lane * 4));
-      z += __ldcg(state + part * stride + plan.columns);
+      const float4 y = __ldcg(reinterpret_cast<const float4 *>(state + part * STRIDE + lane * 4));
+      z += __ldcg(state + part * STRIDE + COLUMNS);
       n[0] += y.x;
       n[1] += y.y;
       n[2] += y.z;
       n[3] += y.w;
     }
     const lola_device_weights w = lola_device_mix(g.mixing, gate, high, sum, z);
-    char *const out = lola_device_at(g.out, batch, first, head);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const float linear = w.linear != 0 ? w.linear * n[e] : 0; /* N is unwritten where nothing is folded */
       lola_device_store(out, lane * 4 + e, g.out.dtype, fmaf(w.softmax, o[e], linear));
     }
-    if (lane == 0 && g.share.data) *reinterpret_cast<float *>(lola_device_at(g.share, batch, first, head)) = w.share;
+    if (lane == 0 && share) *reinterpret_cast<float *>(share) = w.share;
   }
+  lola_device_await_previous(); /* a warp without a head too */
 }
 
 } // namespace

@@ -4,11 +4,12 @@
  * at once.
  *
  * A unit is 64 pairs of a sparse cache or of a window, or 64 rows of a hidden state. Units are numbered through all
- * (row, KV head), first the pairs of all, then the states, which wait for phi(q); at the end, in the same order, those
- * of rows that the step updates, which wait for the update's kernels. Blocks take them one by one in this order, so
- * that none idles while there is work, whatever else its multiprocessor has to do. A unit leaves a partial as decode.cu
- * says, so it does not matter which block worked on it; a second kernel merges. A warp copies and works on a quarter of
- * a unit: whole runs of 512 bytes, the 16-byte pieces of a row swapped so that no bank conflicts.
+ * (row, KV head), first the sparse pairs of all, which take the least to look up, then their windows, then the states,
+ * which wait for phi(q); at the end, in the same order, those of rows that the step updates, which wait for the
+ * update's kernels. Blocks take them one by one in this order, so that none idles while there is work, whatever else
+ * its multiprocessor has to do. A unit leaves a partial as decode.cu says, so it does not matter which block worked on
+ * it; a second kernel merges. A warp copies and works on a quarter of a unit: whole runs of 512 bytes, the 16-byte
+ * pieces of a row swapped so that no bank conflicts.
  *
  * Pairs are on the right of products on the matrix units, as in decode_matrix.cuh: S = Q K^T, P = exp2(S - max),
  * O = P V. Of P rows 0-7 on the left are its 16-bit halves `hi`, rows 8-15 what rounding left over. Lane
@@ -22,8 +23,6 @@
 #include "decode_merge.cuh"
 #include "decode_state.cuh"
 #include "scan.cuh"
-
-#include <cstddef>
 
 namespace {
 
@@ -73,68 +72,67 @@ struct unit_place {
   unsigned group;
 };
 
-/* The unit that comes at `index`. */
+/* The unit that comes at `index`, of all rows or else of those that are updated. */
 __device__ __forceinline__ unit_place unit_at(const lola_device_segment &g, const decode_plan &plan, unsigned index,
-                                              unsigned updated_rows) {
+                                              unsigned rows, bool updated) {
   unit_place p = {};
-  const unsigned items = static_cast<unsigned>(plan.items), pairs = static_cast<unsigned>(plan.pair_items);
-  unsigned groups = static_cast<unsigned>(g.B * g.Hkv);
-  if (index >= groups * items) {
-    index -= groups * items;
-    groups = updated_rows * g.Hkv;
-    p.unit.updated = 1;
-    if (index >= groups * items) return p;
-  }
-  if (index >= groups * pairs) {
-    index -= groups * pairs;
-    p.group = divided(index, plan.by_state_items);
-    const unsigned item = index - p.group * static_cast<unsigned>(plan.state_items);
-    p.unit.kind = STATE_UNIT;
-    p.unit.which = static_cast<int>(divided(item, plan.by_state_parts));
-    p.unit.tile = static_cast<int>(item) - p.unit.which * plan.state_parts;
+  const unsigned groups = rows * g.Hkv, sparse = static_cast<unsigned>(plan.sparse_items),
+                 window = static_cast<unsigned>(plan.window_tiles);
+  p.unit.updated = updated;
+  if (index >= groups * static_cast<unsigned>(plan.items)) return p;
+  if (index < groups * sparse) {
+    p.group = divided(index, plan.by_sparse_items);
+    const unsigned item = index - p.group * sparse;
+    p.unit.kind = SPARSE_UNIT;
+    p.unit.which = static_cast<int>(divided(item, plan.by_sparse_tiles));
+    p.unit.tile = static_cast<int>(item) - p.unit.which * static_cast<int>(plan.sparse_tiles);
     return p;
   }
-  p.group = divided(index, plan.by_pair_items);
-  const int item = static_cast<int>(index - p.group * pairs), sparse = static_cast<int>(plan.sparse_items);
-  p.unit.kind = item < sparse ? SPARSE_UNIT : WINDOW_UNIT;
-  p.unit.tile = item - sparse;
-  if (item < sparse) {
-    p.unit.which = static_cast<int>(divided(static_cast<unsigned>(item), plan.by_sparse_tiles));
-    p.unit.tile = item - p.unit.which * static_cast<int>(plan.sparse_tiles);
+  index -= groups * sparse;
+  if (index < groups * window) {
+    p.group = divided(index, plan.by_window_tiles);
+    p.unit.kind = WINDOW_UNIT;
+    p.unit.tile = static_cast<int>(index - p.group * window);
+    return p;
   }
+  index -= groups * window;
+  p.group = divided(index, plan.by_state_items);
+  const unsigned item = index - p.group * static_cast<unsigned>(plan.state_items);
+  p.unit.kind = STATE_UNIT;
+  p.unit.which = static_cast<int>(divided(item, plan.by_state_parts));
+  p.unit.tile = static_cast<int>(item) - p.unit.which * plan.state_parts;
   return p;
 }
 
 /* A warp's look at what is known of a unit's (row, KV head), once what the unit needs has been written: a word a lane,
  * on its way until `keep` needs it. */
 struct facts_ahead {
-  enum { COUNTS = 8, FOLDED = 16 }; /* the first lanes of these, behind those of the row */
+  enum { POSITION, CHUNKS, BEGINS, ENDS, COUNTS = 8, FOLDED = 16 }; /* lanes; the first ones of the last two */
   unit_place place;
-  int kv_head;
+  int row, kv_head;
   unsigned group;
   int64_t word;
 
-  __device__ __forceinline__ void ask(const lola_device_segment &g, const decode_plan &plan, const decode_rows &known,
-                                      const unit_place &at, bool *queries_known) {
-    static_assert(sizeof(decode_row) % 8 == 0 && sizeof(decode_row) / 8 <= COUNTS && MATRIX_HEADS == 8, "a lane each");
+  __device__ __forceinline__ void ask(const lola_device_segment &g, const decode_plan &plan, const call_rows &rows,
+                                      const decode_rows &known, const unit_place &at, bool *queries_known) {
+    static_assert(ENDS < COUNTS && MATRIX_HEADS == 8, "a lane each");
     const int lane = threadIdx.x % 32;
     place = at;
     word = 0;
     if (at.unit.kind == NO_UNIT) return;
     if (at.unit.updated) lola_device_await_previous();
     if (at.unit.kind == STATE_UNIT && !*queries_known) {
-      await_queries(known);
-      __syncwarp(); /* all have looked */
-      if (lane == 0) *queries_known = true;
-      __syncwarp();
+      await_queries(known, plan.query_blocks);
+      *queries_known = true;
     }
-    unsigned row = divided(at.group, plan.by_kv_heads);
-    kv_head = static_cast<int>(at.group - row * g.Hkv);
-    if (at.unit.updated) row = static_cast<unsigned>(__ldcg(known.updated + row));
-    group = row * g.Hkv + kv_head;
+    row = static_cast<int>(divided(at.group, plan.by_kv_heads));
+    kv_head = static_cast<int>(at.group) - row * g.Hkv;
+    if (at.unit.updated) row = __ldcg(known.updated + row);
+    group = static_cast<unsigned>(row * g.Hkv + kv_head);
     const int64_t *from = nullptr;
-    if (lane < static_cast<int>(sizeof(decode_row) / 8))
-      from = reinterpret_cast<const int64_t *>(known.rows + row) + lane;
+    if (lane == POSITION) from = g.tokens_seen + row;
+    if (lane == CHUNKS) from = g.chunks + row;
+    if (lane == BEGINS || lane == ENDS) word = row_end(rows, row, lane == ENDS);
     if (g.L && lane >= COUNTS && lane - COUNTS < plan.sets)
       from = g.sparse_count + static_cast<int64_t>(group) * plan.sets + (lane - COUNTS);
     if (g.mixing != LOLA_MIXING_CACHE_ONLY && lane >= FOLDED && lane - FOLDED < g.r)
@@ -142,20 +140,23 @@ struct facts_ahead {
     if (from) word = __ldcg(from);
   }
 
-  __device__ __forceinline__ void keep(known_unit *to) {
+  __device__ __forceinline__ void keep(const lola_device_segment &g, const decode_plan &plan, const call_rows &rows,
+                                       known_unit *to) const {
     const int lane = threadIdx.x % 32;
-    constexpr int UPDATED = offsetof(decode_row, updated) / 8, NUMBER = offsetof(decode_row, row) / 8;
+    if (lane == 0) to->unit = place.unit;
+    if (place.unit.kind == NO_UNIT) return;
     const unsigned folded = __ballot_sync(ALL, word != 0) >> FOLDED & ((1u << MATRIX_HEADS) - 1);
-    const bool updated = static_cast<int>(__shfl_sync(ALL, word, UPDATED)) != 0;
-    /* An updated row's time comes at the end. */
-    if (lane == NUMBER && updated && !place.unit.updated) word |= 0xffffffff;
-    if (lane < static_cast<int>(sizeof(decode_row) / 8)) reinterpret_cast<int64_t *>(&to->facts.of)[lane] = word;
+    decode_row of = describe(g, plan.row, rows, row, __shfl_sync(ALL, word, POSITION), __shfl_sync(ALL, word, CHUNKS),
+                             __shfl_sync(ALL, word, BEGINS), __shfl_sync(ALL, word, ENDS));
+    /* Others have no use for the rest, and this takes as long as all before. */
+    if (place.unit.kind == WINDOW_UNIT || place.unit.updated || g.stores_features) describe_window(g, plan.row, &of);
     if (lane >= COUNTS && lane < COUNTS + MATRIX_HEADS) to->facts.counts[lane - COUNTS] = static_cast<int>(word);
     if (lane == 0) {
+      if (of.updated && !place.unit.updated) of.row = -1; /* its time comes at the end */
+      to->facts.of = of;
       to->facts.kv_head = kv_head;
       to->facts.group = group;
       to->facts.folded = folded;
-      to->unit = place.unit;
     }
   }
 };
@@ -299,9 +300,10 @@ __device__ __forceinline__ void ask_queries(const lola_device_segment &g, const 
 
 /* Asks for a unit and what its products have on the left; a warp for its quarter. */
 template <typename T>
-__device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan,
-                                         const group_facts &facts, const work_unit &u, const float *query_phi,
-                                         char *stage) {
+__device__ __forceinline__ void ask_unit(const lola_device_segment &g, const decode_plan &plan, const known_unit &k,
+                                         const float *query_phi, char *stage) {
+  const group_facts &facts = k.facts;
+  const work_unit &u = k.unit;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char *const quarter = stage + warp * QUARTER_BYTES;
   if (u.kind != STATE_UNIT) {
@@ -484,11 +486,18 @@ __device__ __forceinline__ void recall_quarter(char *stage, const float *phi, fl
 /* A barrier of the warps that work on units. */
 __device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
+/* What a step's kernels share, beside their arguments. */
+struct pipeline_scratch {
+  decode_rows rows;
+  float *phi, *partials;
+};
+
 /* A unit that is there, into its partials. */
 template <typename T>
-__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan,
-                                             const group_facts &facts, const work_unit &u, char *stage, float *sums,
-                                             float *partials) {
+__device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const decode_plan &plan, const known_unit &k,
+                                             char *stage, float *sums, float *partials) {
+  const group_facts &facts = k.facts;
+  const work_unit &u = k.unit;
   const int warp = threadIdx.x / 32, stride = plan.columns + 4;
   const int64_t head_step = plan.head_floats;
   if (u.kind == STATE_UNIT) {
@@ -531,65 +540,63 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
 constexpr int PIPELINE_THREADS = THREADS + 32;
 constexpr int KNOWN_UNITS = 1 + STAGES; /* this one and the next */
 
-/* What a step's kernels behind that of the queries share, beside their arguments. */
-struct pipeline_scratch {
-  decode_rows rows;
-  const float *phi;
-  float *partials;
-};
-
-/* Blocks may start before the step's other kernels have ended, see decode_rows.cuh. One warp more than work on units
- * looks ahead: it takes the one that comes in STAGES turns, looks up its (row, KV head) and waits for what it needs,
- * which holds up nobody. Nothing is said of units that are done, a fence takes as long as half a unit: a kernel behind
- * this one merges. */
+/* Blocks start before the step begins, see decode_rows.cuh. One warp more than work on units looks ahead: it takes the
+ * one that comes in STAGES turns, looks up its (row, KV head) and waits for what it needs, which holds up nobody. Both
+ * parties go through one loop: in a loop for each, units took a quarter longer. Nothing is said of units that are done,
+ * a fence takes about as long as a unit while so much is under way: a kernel behind this one merges. */
 template <typename T>
 __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
     decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
-                           const __grid_constant__ pipeline_scratch scratch) {
+                           const __grid_constant__ call_rows rows, const __grid_constant__ pipeline_scratch scratch) {
   extern __shared__ __align__(16) char shared[]; /* stages */
   __shared__ known_unit known[KNOWN_UNITS];
   __shared__ __align__(16) float sums[WARPS * MATRIX_HEADS * 2];
-  __shared__ struct {
-    unsigned updated_rows, first; /* index of the first unit: if all rows are updated, nothing is to be done before */
-    unsigned ticket;              /* of the unit that is looked up next */
-    bool queries_known;
-  } looking; /* what the warp that looks ahead knows */
+  __shared__ unsigned next_ticket; /* of the unit that is looked up next */
   const bool looks_ahead = threadIdx.x >= THREADS;
   const int lane = threadIdx.x % 32;
-  lola_device_start_next();
-  if (threadIdx.x == 0) {
-    const unsigned updated_rows = static_cast<unsigned>(await_rows(scratch.rows)), B = g.B;
-    looking.updated_rows = updated_rows;
-    looking.first = updated_rows == B ? B * g.Hkv * static_cast<unsigned>(plan.items) : 0;
-    looking.queries_known = false;
-  }
-  __syncthreads();
-  const auto place_at = [&](unsigned ticket) { return unit_at(g, plan, looking.first + ticket, looking.updated_rows); };
-  const auto take_ticket = [&] {
-    return lane == 0 ? STAGES * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1) : 0;
+  const unsigned first_units = static_cast<unsigned>(g.B * g.Hkv) * static_cast<unsigned>(plan.items);
+  bool queries_known = false;
+  const auto take_ticket = [&] { return STAGES * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1); };
+  /* Looks up the unit at `index`; with `takes` the next one after that, too, has its ticket then. */
+  const auto look_up = [&](unsigned index, known_unit *to, bool takes) {
+    unit_place place = {};
+    if (index < first_units)
+      place = unit_at(g, plan, index, static_cast<unsigned>(g.B), false);
+    else
+      place = unit_at(g, plan, index - first_units, static_cast<unsigned>(await_rows(scratch.rows)), true);
+    facts_ahead facts;
+    facts.ask(g, plan, rows, scratch.rows, place, &queries_known);
+    unsigned ticket = index;
+    if (takes && lane == 0 && place.unit.kind != NO_UNIT) ticket = take_ticket();
+    facts.keep(g, plan, rows, to);
+    if (takes && lane == 0) next_ticket = ticket;
   };
   const auto ask = [&](const known_unit &k, int stage) {
     if (k.is_work()) {
       /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
       const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
       const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
-      ask_unit<T>(g, plan, k.facts, k.unit, scratch.phi,
-                  static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
+      ask_unit<T>(g, plan, k, scratch.phi, static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
     }
     copies_end_group();
   };
   if (looks_ahead) {
-    facts_ahead ahead[STAGES];
-#pragma unroll
-    for (int i = 0; i < STAGES; i++)
-      ahead[i].ask(g, plan, scratch.rows, place_at(blockIdx.x + i * gridDim.x), &looking.queries_known);
-    const unsigned ticket = take_ticket();
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) ahead[i].keep(&known[i]);
-    if (lane == 0) looking.ticket = ticket;
+    if (lane == 0) {
+      await_begin(scratch.rows);
+      lola_device_start_next(); /* which may forget the begin */
+    }
+    __syncwarp();
+#pragma unroll 1                       /* instructions take longer to come than to run, here */
+    for (int i = 0; i < STAGES; i++) { /* the first one's copies need not wait for what is known of the others */
+      look_up(blockIdx.x + i * gridDim.x, &known[i], false);
+      if (i == 0) __syncthreads();
+    }
+    if (lane == 0) next_ticket = take_ticket();
+  } else {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) ask(known[i], i);
   }
-  __syncthreads();
-  for (int i = 0; i < STAGES - 1 && !looks_ahead; i++) ask(known[i], i);
   int at = 0;    /* the unit's place among those known */
   int stage = 0; /* its stage */
 #pragma unroll 1
@@ -603,16 +610,10 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
     const known_unit &now = known[at];
     if (now.unit.kind == NO_UNIT) break;
     if (looks_ahead) {
-      facts_ahead ahead;
-      unsigned ticket = looking.ticket;
-      ahead.ask(g, plan, scratch.rows, place_at(ticket), &looking.queries_known);
-      if (ahead.place.unit.kind != NO_UNIT) ticket = take_ticket();
-      ahead.keep(&beside(STAGES));
-      if (lane == 0) looking.ticket = ticket;
+      look_up(next_ticket, &beside(STAGES), true);
     } else {
       ask(beside(STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
-      if (now.is_work())
-        work_on_unit<T>(g, plan, now.facts, now.unit, shared + stage * STAGE_BYTES, sums, scratch.partials);
+      if (now.is_work()) work_on_unit<T>(g, plan, now, shared + stage * STAGE_BYTES, sums, scratch.partials);
     }
     if (++at == KNOWN_UNITS) at = 0;
     if (++stage == STAGES) stage = 0;
@@ -622,48 +623,53 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
 
 /* --- the merge --------------------------------------------------------------------------------------- */
 
-/* A block for each (row, KV head): once all units are done, its outputs, and what the step leaves behind. What it needs
+/* (row, KV head) of a block. The next step's update starts where it finds all registers of a multiprocessor free, and
+ * the other kernels behind it: the fewer blocks of this kernel, the sooner, but the more a multiprocessor has to load.
+ */
+constexpr int MERGED_GROUPS = 2;
+
+/* THREADS for each (row, KV head): once all units are done, its outputs, and what the step leaves behind. What it needs
  * beside partials it asks for before. */
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(MERGED_GROUPS *THREADS, 2)
     decode_merge_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,
                         const __grid_constant__ pipeline_scratch scratch) {
   static_assert(THREADS == WIDE, "a thread has an element of a key");
-  lola_device_start_next(); /* which awaits this kernel */
-  const unsigned group = blockIdx.x, row = divided(group, plan.by_kv_heads);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    await_queries(scratch.rows, plan.query_blocks); /* who may wait for the begin too */
+    forget_begin(scratch.rows.signals);
+  }
+  __syncthreads();
+  lola_device_begin(true);
+  const int thread = static_cast<int>(threadIdx.x) % THREADS;
+  const unsigned group = blockIdx.x * MERGED_GROUPS + threadIdx.x / THREADS, row = divided(group, plan.by_kv_heads);
   const int kv_head = static_cast<int>(group - row * g.Hkv);
   await_rows(scratch.rows);
-  const decode_row of = scratch.rows.rows[row];
+  decode_row of = {};
+  of.row = -1;
+  if (group < static_cast<unsigned>(g.B * g.Hkv)) of = scratch.rows.rows[row];
   if (of.row < 0) {
     lola_device_await_previous();
     return;
   }
   const auto element = [&](const lola_array &x) {
-    return reinterpret_cast<const uint16_t *>(lola_device_at(x, of.batch, of.first, kv_head))[threadIdx.x];
+    return reinterpret_cast<const uint16_t *>(lola_device_at(x, of.batch, of.first, kv_head))[thread];
   };
   const uint16_t key = element(g.k), value = element(g.v);
-  const int first_head = kv_head * g.r;
-  const auto gate_of = [&](int j) { return g.gate ? __ldg(g.gate + first_head + j) : 0; };
-  const auto count_of = [&](int j) -> int64_t {
+  const auto counts_of = [&](int j) -> int64_t {
     const int64_t first = static_cast<int64_t>(group) * plan.sets;
     return g.L ? __ldcg(g.sparse_count + first + divided(static_cast<unsigned>(j), plan.by_rs)) : 0;
   };
-  const int own = min(static_cast<int>(threadIdx.x) / 32, g.r - 1); /* head, the first that a warp merges */
-  const float own_gate = gate_of(own);
-  int64_t own_count = of.updated ? 0 : count_of(own);
-  lola_device_await_previous();
-  if (of.updated) own_count = count_of(own);
-  merge_wide(
-      g, plan, of.batch, of.first, kv_head, of.window_pairs, [&](int j) { return j == own ? own_count : count_of(j); },
-      [&](int j) { return j == own ? own_gate : gate_of(j); }, scratch.partials + group * plan.group_floats);
+  merge_wide(g, plan, thread, of.batch, of.first, kv_head, of.window_pairs, of.updated, counts_of,
+             scratch.partials + group * plan.group_floats);
   /* The newest pair into its ring slot, where until now a pair may have lain that entered the sparse cache. */
   const int64_t slot = static_cast<int64_t>(group) * g.R + of.ring_slot;
-  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + threadIdx.x] = key;
-  static_cast<uint16_t *>(g.window_values)[slot * WIDE + threadIdx.x] = value;
+  static_cast<uint16_t *>(g.window_keys)[slot * WIDE + thread] = key;
+  static_cast<uint16_t *>(g.window_values)[slot * WIDE + thread] = value;
   const int sets = g.S / g.Hkv;
 #pragma unroll 1
-  for (int s = threadIdx.x; g.scores.data && s < sets; s += THREADS)
+  for (int s = thread; g.scores.data && s < sets; s += THREADS)
     lola_device_keep_given(g, of.row, kv_head * sets + s, of.ring_slot, of.batch, of.first);
-  if (kv_head == 0 && threadIdx.x == 0) {
+  if (kv_head == 0 && thread == 0) {
     g.tokens_seen[of.row] = of.position + 1;
     if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
   }

@@ -1,5 +1,4 @@
-/* phi(q) of every (row, query head) and what there is to know of the rows (decode_rows.cuh), before anything else of a
- * decoding step.
+/* phi(q) of every (row, query head), beside the main kernel of a decoding step, or before it.
  *
  * A block takes one head and up to ROWS rows, so that a large batch reads the feature map's weights (D x M float32,
  * from L2) once for several rows. Sums are in an order that is fixed by the sizes alone: a row's features have the same
@@ -8,7 +7,8 @@
 #define LOLA_CUDA_DECODE_QUERIES_CUH
 
 #include "chain.cuh"
-#include "decode_pipeline.cuh"
+#include "decode_features.cuh"
+#include "decode_rows.cuh"
 #include "plan.cuh"
 #include "scan.cuh"
 
@@ -18,7 +18,7 @@ constexpr int ROWS_AHEAD = 16; /* rows of the weights that one thread has under 
 constexpr int MANY_ROWS = 4;   /* rows of a block, where there are many */
 
 struct query_plan {
-  int blocks;                      /* of rows, per head; before those of head 0 comes one that writes the rows */
+  int blocks;                      /* of rows, per head */
   int weight_vector, weight_shift; /* floats of the weights that a thread loads at once; threads of a row, base 2 */
   int query_vector;                /* rows of q are whole pieces of 16 bytes */
   int x_at, phi_at;                /* shared memory, offsets in floats; at 0 the sums of groups of threads */
@@ -27,11 +27,6 @@ struct query_plan {
 
 __host__ __device__ __forceinline__ bool has_weights(const lola_feature_map &map) {
   return lola_device_is_hedgehog(map) || (map.kind == LOLA_MAP_RELU && map.w_q);
-}
-
-__device__ __forceinline__ float finish_feature(float x, float floor, bool round) {
-  x = fmaxf(x, floor);
-  return round ? __bfloat162float(__float2bfloat16_rn(x)) : x;
 }
 
 template <int VECTOR> __device__ __forceinline__ void load_weights(const float *from, float (&w)[VECTOR]) {
@@ -151,96 +146,13 @@ __device__ __forceinline__ void exponentials(const query_plan &plan, const float
   }
 }
 
-/* --- Hedgehog's 128 features of vectors of 128, the same as `project` and `exponentials` make ------- */
-
-constexpr int WIDE_F = 128, WIDE_M = WIDE_F / 2; /* features, columns of the projection */
-constexpr int WIDE_PARTS = 8;                    /* that a column's sum has: of d = part, part + 8, ... */
-
-/* Floats as integers in the same order, and back. */
-__device__ __forceinline__ int ordered(float x) {
-  const int bits = __float_as_int(x);
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
-__device__ __forceinline__ float of_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
-
-/* phi(q) of one sign: features lane and lane + 32 of exp(x - highest), or of exp(lowest - x), by a warp from the
- * WIDE_PARTS parts of x = q W. */
-__device__ __forceinline__ void wide_features(const float *parts, bool negative, bool normalise, float (&phi)[2]) {
-  const int lane = threadIdx.x % 32;
-  const float sign = negative ? -1 : 1;
-  const float x[2] = {sign * add_groups(parts + lane, WIDE_PARTS, WIDE_M),
-                      sign * add_groups(parts + lane + 32, WIDE_PARTS, WIDE_M)};
-  const float high = of_ordered(__reduce_max_sync(ALL, ordered(fmaxf(x[0], x[1]))));
-  const float up[2] = {expf(x[0] - high), expf(x[1] - high)};
-  const float sum = warp_sum(up[0] + up[1]), scale = normalise ? 1 / sum : 1;
-#pragma unroll
-  for (int i = 0; i < 2; i++) phi[i] = finish_feature(up[i] * scale, LOLA_FEATURE_FLOOR, true);
-}
-
-/* --- the rows ---------------------------------------------------------------------------------------- */
-
-/* What there is to know of a row, in as few steps as can be: the step's other kernels wait for it. */
-__device__ __forceinline__ decode_row describe(const lola_device_segment &g, const decode_plan &plan,
-                                               const call_rows &rows, int row) {
-  const int64_t position = g.tokens_seen[row], updated = g.chunks[row];
-  int64_t start, stop;
-  row_range(rows, row, &start, &stop);
-  const bool small = plan.small_sizes && position < INT64_C(0x7fffffff), idle = stop <= start;
-  const auto slot_of = [&](int64_t x) { return static_cast<int>(x - divided(x, plan.by_R, small) * g.R); };
-  decode_row d;
-  d.batch = rows.cu_seqlens.data ? 0 : row;
-  d.first = start;
-  d.position = position;
-  d.chunk = divided(position, plan.by_C, small);
-  d.row = idle ? -1 : row;
-  const int64_t begin = d.chunk * g.C - g.W, first = begin > 0 ? begin : 0;
-  d.ring_slot = slot_of(position);
-  d.window_pairs = static_cast<int>(position + 1 - first);
-  d.window_slot = slot_of(first);
-  d.updated = !idle && position >= (updated + 1) * g.C && position >= plan.first_update;
-  d.unused = 0;
-  return d;
-}
-
-/* Rows, and their spans where an update's kernels read them, by one block; how many are updated. */
-__device__ __forceinline__ int write_rows(const lola_device_segment &g, const decode_plan &plan, const call_rows &rows,
-                                          const decode_rows &known) {
-  __shared__ int updated_rows;
-  const bool has_spans = !plan.pipeline || g.slot_phi;
-  if (threadIdx.x == 0) updated_rows = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (int row = threadIdx.x; row < g.B; row += blockDim.x) {
-    const decode_row d = describe(g, plan, rows, row);
-    if (d.updated) known.updated[atomicAdd(&updated_rows, 1)] = row;
-    known.rows[row] = d;
-    if (has_spans) g.spans[row] = span_of(g, rows, row, 0, 1);
-  }
-  __syncthreads();
-  return updated_rows;
-}
-
-/* What the first block does, instead of phi(q). `beside` an update, which has cleared the signals, it has begun. */
-__device__ __forceinline__ void first_block(const lola_device_segment &g, const decode_plan &plan,
-                                            const call_rows &rows, int beside, const decode_rows &known) {
-  if (!beside) {
-    lola_device_await_previous();
-    if (threadIdx.x == 0) clear_signals(known.signals);
-    __syncthreads();
-    lola_device_start_next(); /* whose blocks find no rows but this step's */
-  }
-  const int updated = write_rows(g, plan, rows, known);
-  if (threadIdx.x == 0) {
-    add_signal(&known.signals->queries, ALL_QUERIES - (gridDim.x - 1));
-    store_signal(&known.signals->rows_known, 1 + updated);
-  }
-  lola_device_end(beside);
-}
+/* --- the kernels ------------------------------------------------------------------------------------- */
 
 /* Where `count` rows' tokens lie, from row `first` on: their place in the batch, -1 if idle, and offset. */
-__device__ __forceinline__ void look_up_rows(const call_rows &rows, int beside, int B, int first, int count,
-                                             int64_t *batch, int64_t *offset) {
-  if (!beside) lola_device_begin(0);
+__device__ __forceinline__ void look_up_rows(const call_rows &rows, const decode_rows &known, int B, int first,
+                                             int count, int64_t *batch, int64_t *offset) {
+  if (threadIdx.x == 0) await_begin(known);
+  __syncthreads();
   const int own = static_cast<int>(threadIdx.x);
   if (own < count) {
     const int row = first + own;
@@ -253,31 +165,35 @@ __device__ __forceinline__ void look_up_rows(const call_rows &rows, int beside, 
 }
 
 /* The block's phi(q) are written, and it ends. */
-__device__ __forceinline__ void signal_queries(const decode_rows &known, int beside) {
+__device__ __forceinline__ void signal_queries(const decode_rows &known) {
   __syncthreads();
   if (threadIdx.x == 0) add_signal(&known.signals->queries, 1);
-  lola_device_end(beside);
+  lola_device_end(1);
 }
 
-/* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the kernels
- * before this one have ended. */
+/* The step begins, where no update says so. */
+__global__ void __launch_bounds__(THREADS)
+    decode_begin_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                        const __grid_constant__ row_plan plan, const decode_rows known) {
+  lola_device_start_next();
+  lola_device_await_previous();
+  begin_step(g, plan, rows, known);
+}
+
+/* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the step
+ * begins. */
 template <int ROWS>
 __global__ void __launch_bounds__(THREADS, 4)
     decode_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                          const __grid_constant__ query_plan plan, const __grid_constant__ decode_plan step, int beside,
-                          const decode_rows known, float *phi) {
+                          const __grid_constant__ query_plan plan, const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[ROWS], offset[ROWS]; /* of the rows' tokens; batch -1: idle */
-  if (beside) lola_device_begin(beside);
-  const int block = static_cast<int>(blockIdx.x) - 1, head = block < 0 ? 0 : block / plan.blocks;
+  lola_device_start_next();
+  const int block = static_cast<int>(blockIdx.x), head = block / plan.blocks;
   const bool hedgehog = lola_device_is_hedgehog(g.map);
   const int M = hedgehog ? g.F / 2 : g.F, D = g.D, F = g.F, first = (block - head * plan.blocks) * ROWS;
   const float *weights = g.map.w_q + static_cast<int64_t>(head) * D * M;
-  if (block < 0) {
-    first_block(g, step, rows, beside, known);
-    return;
-  }
-  const auto look_up = [&] { look_up_rows(rows, beside, g.B, first, ROWS, batch, offset); };
+  const auto look_up = [&] { look_up_rows(rows, known, g.B, first, ROWS, batch, offset); };
   const bool round = g.dtype != LOLA_FLOAT32;
   float *out = phi + (static_cast<int64_t>(first) * g.Hq + head) * F;
   const int64_t row_step = static_cast<int64_t>(g.Hq) * F;
@@ -290,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       const float y = lola_device_load(lola_device_at(g.q_features, batch[q], offset[q], head), f, g.q_features.dtype);
       out[q * row_step + f] = round ? __bfloat162float(__float2bfloat16_rn(y)) : y;
     }
-    signal_queries(known, beside);
+    signal_queries(known);
     return;
   }
   float *parts = query_memory, *x = query_memory + plan.x_at;
@@ -328,7 +244,7 @@ __global__ void __launch_bounds__(THREADS, 4)
       if (batch[q] >= 0)
         exponentials(plan, parts + q * plan.parts, M, g.map.kind == LOLA_MAP_HEDGEHOG, round,
                      query_memory + plan.phi_at + q * F, out + q * row_step);
-    signal_queries(known, beside);
+    signal_queries(known);
     return;
   }
 #pragma unroll 1
@@ -339,7 +255,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     out[q * row_step + f] = g.map.kind == LOLA_MAP_RELU ? finish_feature(y, LOLA_FEATURE_FLOOR, round)
                                                         : finish_feature(y > 0 ? y + 1 : expf(y), 0, round);
   }
-  signal_queries(known, beside);
+  signal_queries(known);
 }
 
 /* The same for Hedgehog's 128 features of vectors of 128. A block has one head and up to WIDE_ROWS rows, four of which
@@ -350,18 +266,12 @@ constexpr int WIDE_BYTES = (WIDE_ROWS * WIDE_F + WIDE_TEAMS * WARPS * WIDE_PARTS
 
 __global__ void __launch_bounds__(WIDE_THREADS, 1)
     decode_wide_queries_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                               const __grid_constant__ decode_plan step, int blocks, int beside,
-                               const decode_rows known, float *phi) {
+                               int blocks, const decode_rows known, float *phi) {
   extern __shared__ __align__(16) float query_memory[];
   __shared__ int64_t batch[WIDE_ROWS], offset[WIDE_ROWS];
   constexpr int D = WIDE_F, STEPS = D / WIDE_PARTS;
-  if (beside) lola_device_begin(beside);
-  if (blockIdx.x == 0) {
-    first_block(g, step, rows, beside, known);
-    return;
-  }
-  const int block = static_cast<int>(blockIdx.x) - 1, head = block / blocks,
-            first = (block - head * blocks) * WIDE_ROWS;
+  lola_device_start_next();
+  const int block = static_cast<int>(blockIdx.x), head = block / blocks, first = (block - head * blocks) * WIDE_ROWS;
   const int count = min(g.B - first, WIDE_ROWS);
   const int team = threadIdx.x / THREADS, own = threadIdx.x % THREADS, warp = own / 32, lane = threadIdx.x % 32;
   const int part = own / 16, column = own % 16 * 4;
@@ -369,7 +279,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
   const float *const weights = g.map.w_q + (static_cast<int64_t>(head) * D + part) * WIDE_M + column;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) load_weights<4>(weights + i * WIDE_PARTS * WIDE_M, w[i]);
-  look_up_rows(rows, beside, g.B, first, WIDE_ROWS, batch, offset);
+  look_up_rows(rows, known, g.B, first, WIDE_ROWS, batch, offset);
   float *const x = query_memory;
   for (int i = threadIdx.x; i < count * (D / 8); i += WIDE_THREADS) {
     const int row = i / (D / 8), piece = i % (D / 8);
@@ -407,7 +317,7 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     }
     team_sync(); /* the parts were read */
   }
-  signal_queries(known, beside);
+  signal_queries(known);
 }
 
 } // namespace

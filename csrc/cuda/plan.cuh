@@ -18,16 +18,17 @@ __device__ inline int64_t index_at(const lola_index &index, int64_t i) {
 
 __device__ inline int64_t clamped(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
+/* Where a row's offsets begin, or end, as the call says. */
+__device__ inline int64_t row_end(const call_rows &rows, int row, bool end) {
+  if (rows.cu_seqlens.data) return index_at(rows.cu_seqlens, row + end);
+  const lola_index &index = end ? rows.stops : rows.starts;
+  return index.data ? index_at(index, row) : end ? rows.tokens : 0;
+}
+
 /* Offsets of the call that enter a row. */
 __device__ inline void row_range(const call_rows &rows, int row, int64_t *start, int64_t *stop) {
-  int64_t T = rows.tokens;
-  if (rows.cu_seqlens.data) {
-    *start = clamped(index_at(rows.cu_seqlens, row), 0, T);
-    *stop = clamped(index_at(rows.cu_seqlens, row + 1), *start, T);
-  } else {
-    *start = rows.starts.data ? clamped(index_at(rows.starts, row), 0, T) : 0;
-    *stop = rows.stops.data ? clamped(index_at(rows.stops, row), *start, T) : T;
-  }
+  *start = clamped(row_end(rows, row, false), 0, rows.tokens);
+  *stop = clamped(row_end(rows, row, true), *start, rows.tokens);
 }
 
 /* Tokens of a row that leave its window with `count` tokens, at most. */

@@ -1367,8 +1367,8 @@ int lola_cuda_update_projects(const lola_device_segment *segment) {
   return !make_update_plan(*segment, &limits, &plan, &ignored) && plan.groups;
 }
 
-lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, decode_signals *signals,
-                             cudaStream_t stream, lola_message *message) {
+lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows &rows, const row_plan &row,
+                             const decode_rows &known, cudaStream_t stream, lola_message *message) {
   const lola_device_segment &g = *segment;
   if (!g.B) return LOLA_OK;
   device_limits limits;
@@ -1376,7 +1376,7 @@ lola_status lola_cuda_update(const lola_device_segment *segment, const call_rows
   lola_status status = make_update_plan(g, &limits, &plan, message);
   if (status) return status;
   cudaError_t error = allow_update(wgmma_scan::update_kernel_of(g.dtype, plan.panels), limits);
-  if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, signals, stream);
+  if (error == cudaSuccess) error = wgmma_scan::launch_update(g, plan, rows, row, known, stream);
   return lola_cuda_status(error, "update", message);
 }
 

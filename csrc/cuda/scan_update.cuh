@@ -400,12 +400,13 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
 
 #endif
 
-/* With `signals` the step's other kernels run beside it, once all before it has ended and it has cleared the signals
- * for them; without, the next one awaits it, but has much to ask for before. */
+/* It lets the next kernel start at once, which has much to ask for before it awaits this one. A large step (with
+ * `known.signals`) begins with its last block. */
 template <typename T>
 __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
-                        const __grid_constant__ call_rows rows, decode_signals *signals) {
+                        const __grid_constant__ call_rows rows, const __grid_constant__ row_plan row,
+                        const __grid_constant__ decode_rows known) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ update_shared shared;
   const tables t = tables_of(plan);
@@ -413,17 +414,11 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   block_place block;
   block.rank = blockIdx.x % plan.blocks;
   block.column_block = block.rank % plan.column_blocks;
-  if (!signals) lola_device_start_next();
+  lola_device_start_next();
   /* Where there is nothing to do, all clusters but the last make room at once: who awaits it awaits all before. */
   const bool may = may_update(g);
   if (may || group == plan.groups - 1) lola_device_await_previous();
-  if (signals) {
-    if (blockIdx.x + 1 == gridDim.x) {
-      if (own_thread() == 0) clear_signals(signals);
-      __syncthreads();
-    }
-    lola_device_start_next();
-  }
+  if (known.signals && blockIdx.x + 1 == gridDim.x) begin_step(g, row, rows, known);
   if (!may) return;
   cluster_turns turns = {};
   bool begun = false;
@@ -484,9 +479,9 @@ inline const void *update_kernel_of(lola_dtype dtype, int panels) {
 }
 
 inline cudaError_t launch_update(const lola_device_segment &g, const cluster_plan &plan, const call_rows &rows,
-                                 decode_signals *signals, cudaStream_t stream) {
+                                 const row_plan &row, const decode_rows &known, cudaStream_t stream) {
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
-                       const_cast<call_rows *>(&rows), &signals};
+                       const_cast<call_rows *>(&rows), const_cast<row_plan *>(&row), const_cast<decode_rows *>(&known)};
   return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes, stream, arguments);
 }
 

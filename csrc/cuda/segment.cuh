@@ -113,11 +113,12 @@ int64_t lola_cuda_scan_exchange_bytes(const lola_cache *cache);
 /* With `record` also sources, source_count, recalled and z; without it (decoding) only the update. */
 lola_status lola_cuda_scan(const lola_device_segment *segment, int record, cudaStream_t stream, lola_message *message);
 /* Whether lola_cuda_update can do what features of the cache and a scan without `record` do in decoding, in one kernel
- * that needs no spans. With `signals` (decode_rows.cuh) it clears them, and the step's kernels behind it may run beside
- * it; without, the next one awaits it. */
+ * that needs no spans. With `known.signals` the step begins with it (decode_rows.cuh), and the step's kernels behind it
+ * run beside it; without, the next one awaits it. */
 int lola_cuda_update_projects(const lola_device_segment *segment);
 lola_status lola_cuda_update(const lola_device_segment *segment, const struct call_rows &rows,
-                             struct decode_signals *signals, cudaStream_t stream, lola_message *message);
+                             const struct row_plan &row, const struct decode_rows &known, cudaStream_t stream,
+                             lola_message *message);
 /* Multiprocessors that are left to kernels beside a scan of this segment's sizes; 0 if less than a third of the device.
  */
 int lola_cuda_scan_leaves(const lola_device_segment *segment);

@@ -116,12 +116,14 @@ def test_capturing_runs_nothing():
     assert snapshot(cache) == before and np.asarray(cache.tokens_seen).tolist() == [201] * 3
 
 
-def test_several_layers_and_ragged_rows_in_one_graph():
-    """Four layers, rows that idle by an index array on the device."""
+@pytest.mark.parametrize("case", [LAYER, LAYER.but(B=20, T=460, Hq=8, Hkv=4, D=128, Dv=128, F=128, window=128, sparse=200)],
+                         ids=["small", "large"])
+def test_several_layers_and_ragged_rows_in_one_graph(case):
+    """Four layers, rows that idle by an index array on the device. A step's kernels start while the layer's before it ends."""
     import torch
-    data = [build(LAYER.but(seed=i)) for i in range(4)]
+    data = [build(case.but(seed=i)) for i in range(4)]
     steps, caches = [Step(d) for d in data], [new_cache(d) for d in data]
-    stops = tensor(np.array([1, 1, 1]))
+    stops = tensor(np.ones(case.B, np.int64))
     for step, cache in zip(steps, caches):
         step.prefill(cache, 0, 250)
         step(cache, stops=stops)
@@ -131,7 +133,7 @@ def test_several_layers_and_ragged_rows_in_one_graph():
         for step, cache in zip(steps, caches):
             step(cache, stops=stops)
     for t in range(251, 451):
-        stops.copy_(tensor(np.array([1, t % 3 > 0, t % 2])))
+        stops.copy_(tensor(np.resize([1, t % 3 > 0, t % 2], case.B)))
         for step in steps:
             step.load(t)
         graph.replay()
@@ -140,7 +142,7 @@ def test_several_layers_and_ragged_rows_in_one_graph():
             assert torch.equal(step(cache, stops=stops), out)
     for cache, other in zip(caches, eager):
         cache.sync(), other.sync()
-        assert_same_memory(cache, other, 4)
+        assert_same_memory(cache, other, case.Hq)
     assert len(set(np.asarray(caches[0].tokens_seen).tolist())) == 3
 
 
@@ -234,7 +236,7 @@ def test_calls_do_not_wait_for_the_device(case):
     assert torch.isfinite(out).all() and int(cache.tokens_seen[0]) == at + 120 + case.chunk + 1
 
 
-@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("B", [1, 3, 20, 80])
 @pytest.mark.parametrize("sparse_per", ["kv_head", "query_head"])
 def test_calls_that_queue_up_see_what_those_before_them_did(B, sparse_per):
     """Kernels of neighbouring calls overlap, and some look at counters before the last step has ended. So calls of all kinds
