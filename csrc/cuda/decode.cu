@@ -372,16 +372,12 @@ template <typename T, int LANES> cudaError_t launch_tiles(const launch_arguments
   return launch<decode_kernel<T, LANES>>(a, device, THREADS, s.rows.signals, s.counters, s.phi, s.partials);
 }
 
+pipeline_scratch units_of(const scratch_places &places) { return {places.rows, places.phi, places.partials}; }
+
 template <typename T> cudaError_t launch_items(const launch_arguments &a, int device) {
   if constexpr (sizeof(T) == 2) {
-    if (a.plan.pipeline) {
-      const pipeline_scratch scratch = {a.scratch.rows, a.scratch.phi, a.scratch.partials};
-      const cudaError_t error = launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, *a.rows, scratch);
-      if (error != cudaSuccess) return error;
-      const int64_t groups = static_cast<int64_t>(a.segment->B) * a.segment->Hkv;
-      return lola_cuda_launch_chained(decode_merge_kernel, static_cast<unsigned>(divided_up(groups, MERGED_GROUPS)),
-                                      MERGED_GROUPS * THREADS, 0, a.stream, *a.segment, a.plan, scratch);
-    }
+    if (a.plan.pipeline)
+      return launch<decode_pipeline_kernel<T>>(a, device, PIPELINE_THREADS, *a.rows, units_of(a.scratch));
     if (a.plan.matrix) return a.is_long ? launch_tiles<T, LONG_MATRIX>(a, device) : launch_tiles<T, MATRIX>(a, device);
   }
   if (a.plan.lanes == 8) return launch_tiles<T, 8>(a, device);
@@ -669,11 +665,9 @@ cudaError_t launch_small(const lola_device_segment &g, const call_rows &rows, co
   return cudaLaunchKernelEx(&config, decode_small_kernel<T>, g, rows, plan, row_counters);
 }
 
-} // namespace
-
 /* A small step: an update, and a kernel for the rest. */
-static lola_status decode_small(const lola_device_segment &g, const call_rows &rows, small_plan plan,
-                                unsigned *row_counters, int updates, cudaStream_t stream, lola_message *message) {
+lola_status decode_small(const lola_device_segment &g, const call_rows &rows, small_plan plan, unsigned *row_counters,
+                         int updates, cudaStream_t stream, lola_message *message) {
   lola_status status = LOLA_OK;
   if (updates && !g.slot_phi) {
     status = lola_cuda_update(&g, rows, row_plan{}, decode_rows{}, stream, message);
@@ -687,6 +681,8 @@ static lola_status decode_small(const lola_device_segment &g, const call_rows &r
                                           : launch_small<__nv_bfloat16>(g, rows, plan, row_counters, stream),
                   "decode", message);
 }
+
+} // namespace
 
 lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
                              cudaStream_t stream, lola_message *message) {
@@ -724,6 +720,12 @@ lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows
                               : g.dtype == LOLA_FLOAT16 ? launch_items<__half>(a, device)
                                                         : launch_items<__nv_bfloat16>(a, device);
     status = launched(error, "decode", message);
+  }
+  if (!status && plan.pipeline) {
+    const int64_t blocks = divided_up(static_cast<int64_t>(g.B) * g.Hkv, MERGED_GROUPS);
+    status = launched(lola_cuda_launch_chained(decode_merge_kernel, static_cast<unsigned>(blocks),
+                                               MERGED_GROUPS * THREADS, 0, stream, g, plan, units_of(places)),
+                      "decode_merge", message);
   }
   /* A step that has begun but does not end: the next one must not take its signals for its own. */
   if (status) cudaMemsetAsync(places.rows.signals, 0, sizeof(decode_signals), stream);
