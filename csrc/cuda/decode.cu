@@ -142,6 +142,17 @@ int64_t counter_bytes(int64_t B, int64_t Hkv) { return divided_up(B * (Hkv + 1) 
 int64_t rows_bytes(int64_t B) { return divided_up(B * static_cast<int64_t>(sizeof(decode_row) + 4), 256) * 256; }
 int64_t phi_bytes(int64_t heads, int64_t F) { return divided_up(heads * F * 4, 256) * 256; }
 
+/* --- the begin ------------------------------------------------------------------------------------- */
+
+/* The step begins, where no update says so. */
+__global__ void __launch_bounds__(THREADS)
+    decode_begin_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
+                        const __grid_constant__ row_plan plan, const decode_rows known) {
+  lola_device_start_next();
+  lola_device_await_previous();
+  begin_step(g, plan, rows, known);
+}
+
 /* --- an item a block ------------------------------------------------------------------------------- */
 
 /* What a block works on. */

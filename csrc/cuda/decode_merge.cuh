@@ -100,27 +100,26 @@ __device__ __forceinline__ void merge(const lola_device_segment &g, const decode
 
 /* The same for the pipeline's partials: Dv = 128, and tiles in a row with a state's parts behind them, by THREADS
  * threads. All that one head needs is asked for before any of it is used, so that it takes as long as one load, not as
- * many one after the other. It awaits the kernel before this one, when it has all but the partials, and, of a row that
- * is `updated`, the counts of its sparse pairs. */
+ * many one after the other. It awaits the kernel before this one, when it has all but the partials and, of a row that
+ * is updated, the counts of its sparse pairs. */
 template <class Count>
 __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const decode_plan &plan, int thread,
-                                           int64_t batch, int64_t first, int kv_head, int window_pairs, bool updated,
-                                           Count count_of, const float *partials) {
+                                           const decode_row &of, int kv_head, Count count_of, const float *partials) {
   constexpr int MERGE = 12, PARTS = 2, COLUMNS = 128, STRIDE = COLUMNS + 4;
   const int warp = thread / 32, lane = thread % 32;
-  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, window_pairs);
+  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, of.window_pairs);
   const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * STRIDE; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {
     const int head = kv_head * g.r + j;
     const float *const own = partials + j * plan.head_floats;
     const float *const state = own + (slots - plan.state_parts) * STRIDE;
-    char *const out = lola_device_at(g.out, batch, first, head);
-    char *const share = g.share.data ? lola_device_at(g.share, batch, first, head) : nullptr;
+    char *const out = lola_device_at(g.out, of.batch, of.first, head);
+    char *const share = g.share.data ? lola_device_at(g.share, of.batch, of.first, head) : nullptr;
     const float gate = g.gate ? __ldg(g.gate + head) : 0;
-    int64_t count = updated ? 0 : count_of(j);
+    int64_t count = of.updated ? 0 : count_of(j);
     lola_device_await_previous();
-    if (updated) count = count_of(j);
+    if (of.updated) count = count_of(j);
     const int tiles = window_tiles + tiles_of(plan, count);
     float high = -INFINITY, sum = 0, z = 0, o[4] = {0, 0, 0, 0}, n[4] = {0, 0, 0, 0};
     int done = 0;

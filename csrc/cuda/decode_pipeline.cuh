@@ -656,12 +656,11 @@ __global__ void __launch_bounds__(MERGED_GROUPS *THREADS, 2)
     return reinterpret_cast<const uint16_t *>(lola_device_at(x, of.batch, of.first, kv_head))[thread];
   };
   const uint16_t key = element(g.k), value = element(g.v);
-  const auto counts_of = [&](int j) -> int64_t {
+  const auto count_of = [&](int j) -> int64_t {
     const int64_t first = static_cast<int64_t>(group) * plan.sets;
     return g.L ? __ldcg(g.sparse_count + first + divided(static_cast<unsigned>(j), plan.by_rs)) : 0;
   };
-  merge_wide(g, plan, thread, of.batch, of.first, kv_head, of.window_pairs, of.updated, counts_of,
-             scratch.partials + group * plan.group_floats);
+  merge_wide(g, plan, thread, of, kv_head, count_of, scratch.partials + group * plan.group_floats);
   /* The newest pair into its ring slot, where until now a pair may have lain that entered the sparse cache. */
   const int64_t slot = static_cast<int64_t>(group) * g.R + of.ring_slot;
   static_cast<uint16_t *>(g.window_keys)[slot * WIDE + thread] = key;

@@ -168,16 +168,7 @@ __device__ __forceinline__ void look_up_rows(const call_rows &rows, const decode
 __device__ __forceinline__ void signal_queries(const decode_rows &known) {
   __syncthreads();
   if (threadIdx.x == 0) add_signal(&known.signals->queries, 1);
-  lola_device_end(1);
-}
-
-/* The step begins, where no update says so. */
-__global__ void __launch_bounds__(THREADS)
-    decode_begin_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ call_rows rows,
-                        const __grid_constant__ row_plan plan, const decode_rows known) {
-  lola_device_start_next();
-  lola_device_await_previous();
-  begin_step(g, plan, rows, known);
+  lola_device_end(true);
 }
 
 /* phi (B, Hq, F) float32, of rows that are not idle. Weights never change, so they are asked for before the step
