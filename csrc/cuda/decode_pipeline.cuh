@@ -542,7 +542,7 @@ constexpr int KNOWN_UNITS = 1 + STAGES; /* this one and the next */
 
 /* Blocks start before the step begins, see decode_rows.cuh. One warp more than work on units looks ahead: it takes the
  * one that comes in STAGES turns, looks up its (row, KV head) and waits for what it needs, which holds up nobody. Both
- * parties go through one loop: in a loop for each, units took a fifth longer (with more registers, 128 a thread).
+ * parties go through one loop: in a loop for each, units took a fifth longer.
  * Nothing is said of units that are done, a fence takes about as long as a unit while so much is under way: a kernel
  * behind this one merges. */
 template <typename T>
@@ -557,51 +557,20 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
   const int lane = threadIdx.x % 32;
   const unsigned first_units = static_cast<unsigned>(g.B * g.Hkv) * static_cast<unsigned>(plan.items);
   bool queries_known = false;
-  const auto take_ticket = [&] { return STAGES * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1); };
-  /* Looks up the unit at `index`; with `takes` the next one after that, too, has its ticket then. */
-  const auto look_up = [&](unsigned index, known_unit *to, bool takes) {
-    unit_place place = {};
-    if (index < first_units)
-      place = unit_at(g, plan, index, static_cast<unsigned>(g.B), false);
-    else
-      place = unit_at(g, plan, index - first_units, static_cast<unsigned>(await_rows(scratch.rows)), true);
-    facts_ahead facts;
-    facts.ask(g, plan, rows, scratch.rows, place, &queries_known);
-    unsigned ticket = index;
-    if (takes && lane == 0 && place.unit.kind != NO_UNIT) ticket = take_ticket();
-    facts.keep(g, plan, rows, to);
-    __syncwarp(); /* all have read it */
-    if (takes && lane == 0) next_ticket = ticket;
-  };
-  const auto ask = [&](const known_unit &k, int stage) {
-    if (k.is_work()) {
-      /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
-      const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
-      const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
-      ask_unit<T>(g, plan, k, scratch.phi, static_cast<char *>(__cvta_shared_to_generic(stages)) + stage * STAGE_BYTES);
-    }
-    copies_end_group();
-  };
   if (looks_ahead) {
     if (lane == 0) {
       await_begin(scratch.rows);
       lola_device_start_next(); /* which may forget the begin */
+      next_ticket = blockIdx.x;
     }
     __syncwarp();
-    look_up(blockIdx.x, &known[0], false);
   }
-  __syncthreads();
-  static_assert(STAGES == 2, "the first unit's copies need not wait for what is known of the next one");
-  if (looks_ahead) {
-    look_up(blockIdx.x + gridDim.x, &known[1], false);
-    if (lane == 0) next_ticket = take_ticket();
-  } else {
-    ask(known[0], 0);
-  }
-  int at = 0;    /* the unit's place among those known */
-  int stage = 0; /* its stage */
+  int at = KNOWN_UNITS - STAGES; /* the place of this turn's unit among those known */
+  int stage = 0;                 /* its stage */
+  /* The first unit is worked on in turn 0; in the turns before it is looked up and asked for, by the same instructions
+   * as all others: they come from as far as data, and a step is too short to fetch some for one unit each. */
 #pragma unroll 1
-  for (;;) {
+  for (int turn = -STAGES;; turn++) {
     const auto beside = [&](int ahead) -> known_unit & {
       const int place = at + ahead;
       return known[place >= KNOWN_UNITS ? place - KNOWN_UNITS : place];
@@ -609,12 +578,35 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
     copies_wait<STAGES - 2>();
     __syncthreads(); /* the unit is there, and the sums of the last one were read */
     const known_unit &now = known[at];
-    if (now.unit.kind == NO_UNIT) break;
+    if (turn >= 0 && now.unit.kind == NO_UNIT) break;
     if (looks_ahead) {
-      look_up(next_ticket, &beside(STAGES), true);
+      const unsigned index = next_ticket;
+      unit_place place = {};
+      if (index < first_units)
+        place = unit_at(g, plan, index, static_cast<unsigned>(g.B), false);
+      else
+        place = unit_at(g, plan, index - first_units, static_cast<unsigned>(await_rows(scratch.rows)), true);
+      facts_ahead facts;
+      facts.ask(g, plan, rows, scratch.rows, place, &queries_known);
+      unsigned ticket = index + gridDim.x;
+      if (lane == 0 && turn >= -1 && place.unit.kind != NO_UNIT)
+        ticket = STAGES * gridDim.x + atomicAdd(&scratch.rows.signals->ticket, 1);
+      facts.keep(g, plan, rows, &beside(STAGES));
+      __syncwarp(); /* all have read it */
+      if (lane == 0) next_ticket = ticket;
     } else {
-      ask(beside(STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
-      if (now.is_work()) work_on_unit<T>(g, plan, now, shared + stage * STAGE_BYTES, sums, scratch.partials);
+      const known_unit &next = beside(STAGES - 1);
+      if (turn > -STAGES && next.is_work()) {
+        /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
+        const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
+        const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
+        const int free = stage == 0 ? STAGES - 1 : stage - 1;
+        ask_unit<T>(g, plan, next, scratch.phi,
+                    static_cast<char *>(__cvta_shared_to_generic(stages)) + free * STAGE_BYTES);
+      }
+      copies_end_group();
+      if (turn >= 0 && now.is_work())
+        work_on_unit<T>(g, plan, now, shared + stage * STAGE_BYTES, sums, scratch.partials);
     }
     if (++at == KNOWN_UNITS) at = 0;
     if (++stage == STAGES) stage = 0;
