@@ -721,7 +721,7 @@ def test_memory_on_the_way_does_not_grow_with_length(fake):
     run(data, cache)
     before = fake.calls("allocate_host")
     long = [np.broadcast_to(data.stored[n][:, :1], (1, T, 16, 256)) for n in "qkv"]
-    fake.set("limit", fake.live() + (500 << 20))
+    fake.set("limit", fake.live() + (100 << 20))
     try:
         assert lola.attention(*long, cache=cache, **options(data)).shape == (1, T, 16, 256)
     finally:

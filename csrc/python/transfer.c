@@ -12,14 +12,14 @@
 #include "cpu/pool.h"
 
 /* Page-locked are 2 * BLOCKS * BLOCK_BYTES, 64 MB for each device, and more only where one token's row is larger than a
- * block. In device memory are PIECES * LONGEST_BYTES, 120 MB, and more only where 64 tokens take more than a piece. */
-enum { BLOCKS = 8, MOST_TASKS = 32 };
+ * block. In device memory are PIECES * PIECE_BYTES, 60 MB, and more only where 64 tokens take more than a piece. */
+enum { BLOCKS = 16, MOST_TASKS = 64, QUEUED = BLOCKS * MOST_TASKS };
 /* Of a block: large enough that a copy's start does not count. */
-static const int64_t BLOCK_BYTES = INT64_C(4) << 20;
+static const int64_t BLOCK_BYTES = INT64_C(2) << 20;
 /* What a thread copies between arrays and blocks at a time. */
-static const int64_t TASK_BYTES = INT64_C(256) << 10;
-/* Of the shortest and the longest piece. */
-static const int64_t SHORTEST_BYTES = INT64_C(20) << 20, LONGEST_BYTES = INT64_C(40) << 20;
+static const int64_t TASK_BYTES = INT64_C(64) << 10;
+/* Of a piece: short, since nothing overlaps the first one's way in and the last one's work and way out. */
+static const int64_t PIECE_BYTES = INT64_C(20) << 20;
 /* Up to here overlapping costs more than it saves. */
 static const int64_t AT_ONCE_BYTES = INT64_C(512) << 10;
 
@@ -41,24 +41,31 @@ typedef struct block {
   void *copied; /* event: the device has read it, or written it */
   piece piece;
   int64_t from, until; /* bytes of the piece */
-  int begins, ends;    /* the piece's way in this direction */
+  int ends;            /* the piece's way in this direction */
   task tasks[MOST_TASKS];
   int count;
-  _Atomic uint64_t claims; /* tasks that were taken; in the upper half how many there are */
-  atomic_int left;         /* tasks that are not done */
+  atomic_int left; /* tasks that are not done */
 } block;
 
-/* One direction. Blocks are used in turn, and counted at each step of their way.
- *   in: filled from the arrays (begun: tasks are given out), copied (moved: it is queued), free again (ended)
- *   out: copied (begun: it is queued), emptied into the arrays (moved: tasks are given out), free again (ended) */
+/* Blocks in the order in which they came. */
+typedef struct line {
+  block *blocks[BLOCKS];
+  int count;
+} line;
+
+/* One direction. Its blocks go from line to line: on the way in they are free, then at work (filled from the arrays),
+ * then copied; on the way out free, copied, then at work (emptied into the arrays). They do not leave work in turn: a
+ * thread that the system takes off its CPU holds up the block that it is at, and no other. */
 typedef struct flow {
   void *stream;
   block blocks[BLOCKS];
+  line free, at_work, copying;
   piece piece; /* that the next block is of, from this part and row on */
   int part;
   int64_t row;
-  int64_t begun, moved, ended;
-  atomic_int oldest; /* block; a hint for who looks for tasks */
+  /* Tasks in the order in which they were given out, each as block * MOST_TASKS + task: room for all there can be. */
+  _Atomic uint32_t queue[QUEUED];
+  _Atomic uint64_t given, taken;
 } flow;
 
 struct staging {
@@ -74,8 +81,8 @@ typedef struct run {
   const transfer *transfer;
   const transfer_plan *plan;
   struct staging *staging;
-  int64_t arrived, computed; /* pieces */
-  piece next;                /* to be worked on */
+  int64_t opened, arrived, computed; /* pieces: whose place may be written; that came; that are worked on */
+  piece next;                        /* to be worked on */
   atomic_int over;
   char *first_region;    /* the region that holds the first byte of fresh memory */
   atomic_uchar *regions; /* NULL: no memory is fresh */
@@ -84,6 +91,17 @@ typedef struct run {
   lola_status status;
   lola_message *message;
 } run;
+
+/* --- lines ---------------------------------------------------------------------------------- */
+
+static void join(line *line, block *block) { line->blocks[line->count++] = block; }
+
+static block *leave(line *line, int at) {
+  block *block = line->blocks[at];
+  line->count--;
+  memmove(&line->blocks[at], &line->blocks[at + 1], (size_t)(line->count - at) * sizeof *line->blocks);
+  return block;
+}
 
 /* --- the plan ------------------------------------------------------------------------------- */
 
@@ -97,16 +115,16 @@ static int64_t parts_bytes(const transfer_plan *plan, int count, int output, int
   return used;
 }
 
-/* Results lie behind the inputs of the longest piece, so that one piece comes in where another has not gone out. */
+/* Results lie behind the inputs of a whole piece, so that one piece comes in where another has not gone out. */
 int64_t transfer_offset(const transfer_plan *plan, int part, int64_t tokens) {
   int output = plan->parts[part].output;
-  int64_t inputs = output ? parts_bytes(plan, plan->count, 0, plan->longest) : 0;
+  int64_t inputs = output ? parts_bytes(plan, plan->count, 0, plan->length) : 0;
   return inputs + parts_bytes(plan, part, output, tokens);
 }
 
 /* From one piece in device memory to the next. */
 static int64_t pitch_of(const transfer_plan *plan) {
-  return parts_bytes(plan, plan->count, 0, plan->longest) + parts_bytes(plan, plan->count, 1, plan->longest);
+  return parts_bytes(plan, plan->count, 0, plan->length) + parts_bytes(plan, plan->count, 1, plan->length);
 }
 
 static int64_t token_bytes(const transfer_plan *plan) {
@@ -115,37 +133,25 @@ static int64_t token_bytes(const transfer_plan *plan) {
   return bytes ? bytes : 1;
 }
 
-/* The first pieces double in length and the last ones halve. */
-static int64_t length_at(const transfer_plan *plan, int64_t first) {
-  int64_t left = plan->tokens - first, length = first;
-  if (left < 2 * plan->shortest) return left;
-  if (length > left / 2) length = left / 2;
-  if (length > plan->longest) length = plan->longest;
-  return length < plan->shortest ? plan->shortest : length - length % plan->shortest;
-}
-
-static piece first_piece(const transfer_plan *plan) { return (piece){0, 0, length_at(plan, 0)}; }
+static piece first_piece(const transfer_plan *plan) { return (piece){0, 0, plan->length}; }
 
 static void advance(const transfer_plan *plan, piece *piece) {
   piece->index++;
   piece->first += piece->tokens;
-  piece->tokens = length_at(plan, piece->first);
+  int64_t left = plan->tokens - piece->first;
+  piece->tokens = left < plan->length ? left : plan->length;
 }
 
 void transfer_cut(transfer_plan *plan, int64_t grain) {
-  int64_t token = token_bytes(plan), longest = 0;
-  plan->shortest = SHORTEST_BYTES / token < 64 ? 64 : SHORTEST_BYTES / token;
-  if (plan->shortest > grain) plan->shortest -= plan->shortest % grain;
-  plan->longest = LONGEST_BYTES / token < plan->shortest ? plan->shortest : LONGEST_BYTES / token;
-  piece piece = first_piece(plan);
-  for (; piece.tokens; advance(plan, &piece))
-    if (piece.tokens > longest) longest = piece.tokens;
-  plan->longest = longest;
-  plan->pieces = piece.index;
+  int64_t length = PIECE_BYTES / token_bytes(plan);
+  if (length < 64) length = 64;
+  if (length > grain) length -= length % grain;
+  plan->length = length < plan->tokens ? length : plan->tokens;
+  plan->pieces = (plan->tokens + plan->length - 1) / plan->length;
 }
 
 void transfer_leave(transfer_plan *plan) {
-  plan->shortest = plan->longest = plan->tokens;
+  plan->length = plan->tokens;
   plan->pieces = 1;
 }
 
@@ -241,27 +247,27 @@ static void do_task(run *run, const piece *piece, const task *task) {
 }
 
 /* Lets the workers have a block's tasks. */
-static void give_out(block *block) {
+static void give_out(flow *flow, block *block) {
+  uint64_t given = atomic_load(&flow->given);
+  uint32_t first = (uint32_t)(block - flow->blocks) * MOST_TASKS;
   atomic_store(&block->left, block->count);
-  atomic_store(&block->claims, (uint64_t)block->count << 32);
+  for (int i = 0; i < block->count; i++) atomic_store(&flow->queue[(given + i) % QUEUED], first + i);
+  atomic_store(&flow->given, given + block->count);
+  join(&flow->at_work, block);
 }
 
-/* Does one of a block's tasks, if there is one to take. */
-static int do_one_of(run *run, block *block) {
-  uint64_t claims = atomic_load(&block->claims);
-  if ((uint32_t)claims >= claims >> 32) return 0;
-  claims = atomic_fetch_add(&block->claims, 1);
-  if ((uint32_t)claims >= claims >> 32) return 0;
-  do_task(run, &block->piece, &block->tasks[(uint32_t)claims]);
+/* Does the oldest task of a direction, if there is one to take. */
+static int do_one(run *run, flow *flow) {
+  uint64_t taken = atomic_load(&flow->taken);
+  uint32_t found;
+  do {
+    if (taken >= atomic_load(&flow->given)) return 0;
+    found = atomic_load(&flow->queue[taken % QUEUED]);
+  } while (!atomic_compare_exchange_weak(&flow->taken, &taken, taken + 1));
+  block *block = &flow->blocks[found / MOST_TASKS];
+  do_task(run, &block->piece, &block->tasks[found % MOST_TASKS]);
   atomic_fetch_sub(&block->left, 1);
   return 1;
-}
-
-static int do_one(run *run, flow *flow) {
-  int oldest = atomic_load(&flow->oldest);
-  for (int i = 0; i < BLOCKS; i++)
-    if (do_one_of(run, &flow->blocks[(oldest + i) % BLOCKS])) return 1;
-  return 0;
 }
 
 /* Workers take from both directions in turn, so that neither waits for the other. One in five sees to fresh memory
@@ -290,14 +296,13 @@ static const part *next_part(const transfer_plan *plan, flow *flow, int output) 
   return NULL;
 }
 
-/* Cuts the next block off the arrays. */
+/* Cuts the next block off the arrays; one is free. */
 static block *next_block(const run *run, flow *flow) {
   const transfer_plan *plan = run->plan;
-  block *block = &flow->blocks[flow->begun % BLOCKS];
+  block *block = leave(&flow->free, flow->free.count - 1);
   int output = flow == &run->staging->out;
   const part *part;
   block->piece = flow->piece;
-  block->begins = flow->part == 0 && flow->row == 0;
   block->count = 0;
   block->from = block->until = 0;
   while ((part = next_part(plan, flow, output)) && block->count < MOST_TASKS) {
@@ -317,7 +322,6 @@ static block *next_block(const run *run, flow *flow) {
     flow->part = 0;
     flow->row = 0;
   }
-  flow->begun++;
   return block;
 }
 
@@ -353,25 +357,26 @@ static int is_copied(run *run, const block *block) {
   return !run->status && done;
 }
 
-static int has_room(const flow *flow) { return flow->piece.tokens && flow->begun - flow->ended < BLOCKS; }
-
-static block *block_at(flow *flow, int64_t index) { return &flow->blocks[index % BLOCKS]; }
-
 /* Queues a filled block's copy, in a place of a piece that was worked on. */
 static lola_status send_block(run *run, block *block) {
   struct staging *staging = run->staging;
   void *stream = staging->in.stream;
-  int64_t index = block->piece.index;
   lola_status status = LOLA_OK;
-  if (block->begins && index >= PIECES) status = wait_for(run, staging->computed[index % PIECES], stream);
+  for (; run->opened <= block->piece.index && !status; run->opened++)
+    if (run->opened >= PIECES) status = wait_for(run, staging->computed[run->opened % PIECES], stream);
   if (!status) status = copy_block(run, block, 0, stream);
   if (!status) status = record(run, block->copied, stream);
-  if (!status && block->ends) {
-    status = wait_for(run, block->copied, run->transfer->stream);
-    run->arrived++;
-  }
-  staging->in.moved++;
+  join(&staging->in.copying, block);
   return status;
+}
+
+/* Counts the pieces of which every block was sent. The work waits for the last of all blocks that were. */
+static lola_status count_arrived(run *run) {
+  const flow *in = &run->staging->in;
+  int64_t arrived = in->at_work.count ? in->at_work.blocks[0]->piece.index : in->piece.index;
+  if (arrived == run->arrived) return LOLA_OK;
+  run->arrived = arrived;
+  return wait_for(run, in->copying.blocks[in->copying.count - 1]->copied, run->transfer->stream);
 }
 
 /* Queues the work on a piece that will have arrived, in a place whose results were copied out. */
@@ -393,64 +398,74 @@ static lola_status compute_piece(run *run) {
 /* Queues the copy of results to a free block. */
 static lola_status fetch_block(run *run) {
   struct staging *staging = run->staging;
-  const block *block = next_block(run, &staging->out);
+  block *block = next_block(run, &staging->out);
   lola_status status = copy_block(run, block, 1, staging->out.stream);
   if (!status) status = record(run, block->copied, staging->out.stream);
   if (!status && block->ends) status = record(run, staging->returned[block->piece.index % PIECES], staging->out.stream);
+  join(&staging->out.copying, block);
   return status;
 }
 
-/* Moves a flow's oldest blocks on that the workers are through with, or the device. */
-static void end_blocks(run *run, flow *flow) {
-  for (; flow->ended < flow->moved && !run->status; flow->ended++) {
-    const block *block = block_at(flow, flow->ended);
-    if (flow == &run->staging->in ? !is_copied(run, block) : atomic_load(&block->left)) break;
+static int has_copied(run *run, const flow *flow) {
+  return flow->copying.count && is_copied(run, flow->copying.blocks[0]);
+}
+
+static int is_over(const flow *flow) { return !flow->piece.tokens && !flow->at_work.count && !flow->copying.count; }
+
+/* These three do what can be done without waiting, and return how much that was. */
+static int move_in(run *run) {
+  flow *in = &run->staging->in;
+  int moved = 0;
+  for (; has_copied(run, in); moved++) join(&in->free, leave(&in->copying, 0));
+  for (; in->piece.tokens && in->free.count; moved++) give_out(in, next_block(run, in));
+  for (int i = 0; i < in->at_work.count && !run->status;) {
+    const block *block = in->at_work.blocks[i];
+    if (atomic_load(&block->left) || block->piece.index >= run->computed + PIECES) {
+      i++;
+    } else {
+      run->status = send_block(run, leave(&in->at_work, i));
+      moved++;
+    }
   }
-  atomic_store(&flow->oldest, (int)(flow->ended % BLOCKS));
+  if (moved && !run->status) run->status = count_arrived(run);
+  return moved;
 }
 
-static int in_is_over(const run *run) {
-  const flow *in = &run->staging->in;
-  return run->transfer->only == ONLY_OUT || (!in->piece.tokens && in->ended == in->begun);
-}
-
-static int out_is_over(const run *run) {
+static int move_on(run *run) {
   const flow *out = &run->staging->out;
-  return run->transfer->only == ONLY_IN || (!out->piece.tokens && out->ended == out->begun);
-}
-
-/* Everything that can be done without waiting. */
-static void move_on(run *run) {
-  flow *in = &run->staging->in, *out = &run->staging->out;
-  int only = run->transfer->only;
-  end_blocks(run, in);
-  end_blocks(run, out);
-  while (only != ONLY_OUT && has_room(in)) give_out(next_block(run, in));
-  while (!run->status && in->moved < in->begun) {
-    block *block = block_at(in, in->moved);
-    if (atomic_load(&block->left) || block->piece.index >= run->computed + PIECES) break;
-    run->status = send_block(run, block);
-  }
-  while (!run->status && run->computed < run->arrived && (only || out->piece.index > run->computed - PIECES))
+  int moved = 0;
+  for (; !run->status && run->computed < run->arrived; moved++) {
+    if (!run->transfer->only && out->piece.index <= run->computed - PIECES) break;
     run->status = compute_piece(run);
-  while (!run->status && only != ONLY_IN && has_room(out) && out->piece.index < run->computed)
-    run->status = fetch_block(run);
-  while (!run->status && out->moved < out->begun && is_copied(run, block_at(out, out->moved)))
-    give_out(block_at(out, out->moved++));
+  }
+  return moved;
 }
 
-/* Counts what has been done, so that a change shows. */
-static int64_t steps_of(const run *run) {
-  const flow *in = &run->staging->in, *out = &run->staging->out;
-  return in->begun + in->moved + in->ended + run->computed + out->begun + out->moved + out->ended;
+static int move_out(run *run) {
+  flow *out = &run->staging->out;
+  int moved = 0;
+  for (int i = 0; i < out->at_work.count;) {
+    if (atomic_load(&out->at_work.blocks[i]->left)) {
+      i++;
+    } else {
+      join(&out->free, leave(&out->at_work, i));
+      moved++;
+    }
+  }
+  for (; !run->status && out->free.count && out->piece.tokens && out->piece.index < run->computed; moved++)
+    run->status = fetch_block(run);
+  for (; !run->status && has_copied(run, out); moved++) give_out(out, leave(&out->copying, 0));
+  return moved;
 }
 
 static void lead(run *run) {
-  int idle = 0;
-  while (!run->status && !(in_is_over(run) && out_is_over(run))) {
-    int64_t before = steps_of(run);
-    move_on(run);
-    if (run->status || steps_of(run) != before || do_one(run, &run->staging->in) || do_one(run, &run->staging->out))
+  flow *in = &run->staging->in, *out = &run->staging->out;
+  int only = run->transfer->only, idle = 0;
+  while (!run->status && !((only == ONLY_OUT || is_over(in)) && (only == ONLY_IN || is_over(out)))) {
+    int moved = only == ONLY_OUT ? 0 : move_in(run);
+    moved += move_on(run);
+    moved += only == ONLY_IN ? 0 : move_out(run);
+    if (moved || do_one(run, in) || do_one(run, out))
       idle = 0;
     else
       lola_pool_rest(idle++);
@@ -516,10 +531,14 @@ static lola_status open_flow(const run *run, flow *flow, int64_t bytes, int64_t 
     status = api->allocate_host(size, (void **)&block->host, run->message);
     if (!status) block->size = size;
   }
-  for (int i = 0; i < BLOCKS; i++) atomic_store(&flow->blocks[i].claims, 0);
+  flow->free.count = flow->at_work.count = flow->copying.count = 0;
+  for (int i = 0; i < BLOCKS; i++)
+    if (flow->blocks[i].size >= size) join(&flow->free, &flow->blocks[i]);
   flow->piece = run->next;
   flow->part = 0;
-  flow->row = flow->begun = flow->moved = flow->ended = 0;
+  flow->row = 0;
+  atomic_store(&flow->given, 0);
+  atomic_store(&flow->taken, 0);
   return status;
 }
 

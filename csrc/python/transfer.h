@@ -1,10 +1,9 @@
 /* Arrays of the host's on their way to a device and back, while the device works on what has come.
  *
- * They are cut twice. A piece, some thousand tokens of all arrays, is dense in device memory and worked on at once: the
- * first and the last ones are short, since nothing overlaps the first way in and the last way out. A block, some MB of
- * a piece, is copied at once through page-locked memory. Both are few and used in turn, so that memory does not grow
- * with length. The calling thread alone talks to the device; it and the pool's other workers copy between arrays and
- * blocks. */
+ * They are cut twice. A piece, some thousand tokens of all arrays, is dense in device memory and worked on at once. A
+ * block, some MB of a piece, is copied at once through page-locked memory. Both are few and used again and again, so
+ * that memory does not grow with length. The calling thread alone talks to the device; it and the pool's other workers
+ * copy between arrays and blocks. */
 #ifndef LOLA_PYTHON_TRANSFER_H
 #define LOLA_PYTHON_TRANSFER_H
 
@@ -26,7 +25,7 @@ typedef struct transfer_plan {
   part parts[MOST_PARTS];
   int count;
   int64_t batch, tokens;
-  int64_t shortest, longest, pieces; /* tokens of a piece, and how many pieces there are */
+  int64_t length, pieces; /* tokens of a piece, of which the last may have fewer; how many pieces there are */
 } transfer_plan;
 
 /* Tokens first .. first + tokens - 1 of the arrays. */
@@ -34,7 +33,7 @@ typedef struct piece {
   int64_t index, first, tokens;
 } piece;
 
-/* Cuts the arrays into pieces, at multiples of `grain` tokens where that is possible. */
+/* Cuts the arrays, which are not empty, into pieces, at multiples of `grain` tokens where that is possible. */
 void transfer_cut(transfer_plan *plan, int64_t grain);
 /* Leaves them whole, one piece. */
 void transfer_leave(transfer_plan *plan);
