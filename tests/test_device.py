@@ -701,6 +701,18 @@ def test_numpy_arrays_of_any_length(fake, threads, T, count):
     assert (room == 7).all()
 
 
+def test_numpy_arrays_without_tokens(fake):
+    data = build(WIDE.but(T=20))
+    cache = device_cache(data)
+    first = run(data, cache, 0, 13)
+    before = cache.to("cpu")
+    for rows in ({}, {"check": True}):
+        assert run(data, cache, 13, 13, **rows).shape == (1, 0, 16, 256)
+    assert_same(cache, before)
+    expected = run_pieces(data, new_cache(data), [13])
+    np.testing.assert_allclose(np.concatenate([first, run(data, cache, 13)], 1), expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("T", [1111, 2600])
 def test_what_goes_back_may_be_late(fake, T):
     """No piece comes in where an earlier one of another length has not gone out."""

@@ -126,9 +126,9 @@ static lola_status open_work(work *work, transfer *transfer, lola_message *messa
 lola_status staged_attention(call *call, const lola_cuda_call *raw, lola_message *message) {
   device *device = call->device;
   const lola_cuda_api *api = device->api;
+  if (!call->q.shape[0] || !call->q.shape[1]) return LOLA_OK;
   work work = {.call = call, .raw = *raw};
   plan_call(&work);
-  if (!work.plan.batch || !work.plan.tokens) return LOLA_OK;
   transfer transfer = {.device = device, .plan = &work.plan, .stream = call->stream, .context = &work};
   if (call->out.opened.object) {
     transfer.fresh = call->out.opened.data;
