@@ -542,9 +542,8 @@ constexpr int KNOWN_UNITS = 1 + STAGES; /* this one and the next */
 
 /* Blocks start before the step begins, see decode_rows.cuh. One warp more than work on units looks ahead: it takes the
  * one that comes in STAGES turns, looks up its (row, KV head) and waits for what it needs, which holds up nobody. Both
- * parties go through one loop: in a loop for each, units took a fifth longer.
- * Nothing is said of units that are done, a fence takes about as long as a unit while so much is under way: a kernel
- * behind this one merges. */
+ * parties go through one loop: in a loop for each, units took a fifth longer. Nothing is said of units that are done, a
+ * fence takes about as long as a unit while so much is under way: a kernel behind this one merges. */
 template <typename T>
 __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
     decode_pipeline_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ decode_plan plan,

@@ -349,11 +349,12 @@ static lola_status wait_for(const run *run, void *event, void *stream) {
   return device->api->event_wait(device->number, event, stream, run->message);
 }
 
-/* 1 if the device is through with a block. */
-static int is_copied(run *run, const block *block) {
+/* 1 if the device is through with a flow's oldest copy. */
+static int has_copied(run *run, const flow *flow) {
   const device *device = run->transfer->device;
   int done = 0;
-  run->status = device->api->event_query(device->number, block->copied, &done, run->message);
+  if (!flow->copying.count) return 0;
+  run->status = device->api->event_query(device->number, flow->copying.blocks[0]->copied, &done, run->message);
   return !run->status && done;
 }
 
@@ -404,10 +405,6 @@ static lola_status fetch_block(run *run) {
   if (!status && block->ends) status = record(run, staging->returned[block->piece.index % PIECES], staging->out.stream);
   join(&staging->out.copying, block);
   return status;
-}
-
-static int has_copied(run *run, const flow *flow) {
-  return flow->copying.count && is_copied(run, flow->copying.blocks[0]);
 }
 
 static int is_over(const flow *flow) { return !flow->piece.tokens && !flow->at_work.count && !flow->copying.count; }
