@@ -133,19 +133,27 @@ static int64_t token_bytes(const transfer_plan *plan) {
   return bytes ? bytes : 1;
 }
 
-static piece first_piece(const transfer_plan *plan) { return (piece){0, 0, plan->length}; }
+/* No token is left alone at the end: a call of one is a decoding step, whose sums are rounded in another order. */
+static int64_t tokens_from(const transfer_plan *plan, int64_t first) {
+  int64_t left = plan->tokens - first;
+  if (left == plan->length + 1) return plan->length - plan->grain;
+  return left < plan->length ? left : plan->length;
+}
+
+static piece first_piece(const transfer_plan *plan) { return (piece){0, 0, tokens_from(plan, 0)}; }
 
 static void advance(const transfer_plan *plan, piece *piece) {
   piece->index++;
   piece->first += piece->tokens;
-  int64_t left = plan->tokens - piece->first;
-  piece->tokens = left < plan->length ? left : plan->length;
+  piece->tokens = tokens_from(plan, piece->first);
 }
 
 void transfer_cut(transfer_plan *plan, int64_t grain) {
   int64_t length = PIECE_BYTES / token_bytes(plan);
   if (length < 64) length = 64;
-  if (length > grain) length -= length % grain;
+  if (length <= grain) grain = 1;
+  length -= length % grain;
+  plan->grain = grain;
   plan->length = length < plan->tokens ? length : plan->tokens;
   plan->pieces = (plan->tokens + plan->length - 1) / plan->length;
 }

@@ -25,7 +25,8 @@ typedef struct transfer_plan {
   part parts[MOST_PARTS];
   int count;
   int64_t batch, tokens;
-  int64_t length, pieces; /* tokens of a piece, of which the last may have fewer; how many pieces there are */
+  int64_t grain;          /* tokens at whose multiples pieces end, but for the last one */
+  int64_t length, pieces; /* tokens of a piece, of which the last two may have fewer; how many pieces there are */
 } transfer_plan;
 
 /* Tokens first .. first + tokens - 1 of the arrays. */

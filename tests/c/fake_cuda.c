@@ -573,6 +573,7 @@ static lola_status attention(lola_cache *cache, void *workspace, const lola_cuda
   ONE_AT_A_TIME;
   lola_status status = enter("attention", message);
   if (status) return status;
+  if (call->tokens == 1) counter_of("decode")->calls++;
   if (cache->shape.batch > 64) return lola_fail(message, LOLA_VALUE_ERROR, "the fake takes 64 rows");
   if (!cache->shape.batch || !call->tokens) return LOLA_OK;
   operation *op = queue(call->device, call->stream, run_attention);
