@@ -13,7 +13,9 @@
 
 /* Page-locked are 2 * BLOCKS * BLOCK_BYTES, 64 MB for each device, and more only where one token's row is larger than a
  * block. In device memory are PIECES * PIECE_BYTES, 60 MB, and more only where 64 tokens take more than a piece. */
-enum { BLOCKS = 16, MOST_TASKS = 64, QUEUED = BLOCKS * MOST_TASKS };
+enum { BLOCKS = 16, MOST_TASKS = 64, CACHE_LINE = 64 };
+/* So many keep both directions of PCIe 5 busy. More of them only take memory's time from one another. */
+enum { MOST_WORKERS = 14 };
 /* Of a block: large enough that a copy's start does not count. */
 static const int64_t BLOCK_BYTES = INT64_C(2) << 20;
 /* What a thread copies between arrays and blocks at a time. */
@@ -44,7 +46,8 @@ typedef struct block {
   int ends;            /* the piece's way in this direction */
   task tasks[MOST_TASKS];
   int count;
-  atomic_int left; /* tasks that are not done */
+  _Alignas(CACHE_LINE) _Atomic uint64_t open; /* tasks that nobody has taken, a bit for each */
+  atomic_int left;                            /* tasks that are not done */
 } block;
 
 /* Blocks in the order in which they came. */
@@ -63,10 +66,18 @@ typedef struct flow {
   piece piece; /* that the next block is of, from this part and row on */
   int part;
   int64_t row;
-  /* Tasks in the order in which they were given out, each as block * MOST_TASKS + task: room for all there can be. */
-  _Atomic uint32_t queue[QUEUED];
-  _Atomic uint64_t given, taken;
+  /* What workers know of the blocks at work, oldest first. They may see it half changed: which tasks there are the
+   * blocks say, and `version` changes last. */
+  _Alignas(CACHE_LINE) _Atomic uint64_t version; /* from 1 on */
+  atomic_int count;
+  atomic_uchar order[BLOCKS];
 } flow;
+
+/* A worker's lookout for tasks of a direction: the version in which it found no task. */
+typedef struct lookout {
+  flow *flow;
+  uint64_t emptied;
+} lookout;
 
 struct staging {
   flow in, out;
@@ -83,6 +94,7 @@ typedef struct run {
   struct staging *staging;
   int64_t opened, arrived, computed; /* pieces: whose place may be written; that came; that are worked on */
   piece next;                        /* to be worked on */
+  int width;                         /* workers, of whom the first leads */
   atomic_int over;
   char *first_region;    /* the region that holds the first byte of fresh memory */
   atomic_uchar *regions; /* NULL: no memory is fresh */
@@ -254,38 +266,76 @@ static void do_task(run *run, const piece *piece, const task *task) {
   }
 }
 
+static void publish(flow *flow) {
+  for (int i = 0; i < flow->at_work.count; i++)
+    atomic_store_explicit(&flow->order[i], flow->at_work.blocks[i] - flow->blocks, memory_order_relaxed);
+  atomic_store_explicit(&flow->count, flow->at_work.count, memory_order_relaxed);
+  atomic_fetch_add(&flow->version, 1);
+}
+
 /* Lets the workers have a block's tasks. */
 static void give_out(flow *flow, block *block) {
-  uint64_t given = atomic_load(&flow->given);
-  uint32_t first = (uint32_t)(block - flow->blocks) * MOST_TASKS;
-  atomic_store(&block->left, block->count);
-  for (int i = 0; i < block->count; i++) atomic_store(&flow->queue[(given + i) % QUEUED], first + i);
-  atomic_store(&flow->given, given + block->count);
   join(&flow->at_work, block);
+  atomic_store(&block->left, block->count);
+  atomic_store(&block->open, block->count == MOST_TASKS ? UINT64_MAX : (UINT64_C(1) << block->count) - 1);
+  publish(flow);
 }
 
-/* Does the oldest task of a direction, if there is one to take. */
-static int do_one(run *run, flow *flow) {
-  uint64_t taken = atomic_load(&flow->taken);
-  uint32_t found;
-  do {
-    if (taken >= atomic_load(&flow->given)) return 0;
-    found = atomic_load(&flow->queue[taken % QUEUED]);
-  } while (!atomic_compare_exchange_weak(&flow->taken, &taken, taken + 1));
-  block *block = &flow->blocks[found / MOST_TASKS];
-  do_task(run, &block->piece, &block->tasks[found % MOST_TASKS]);
-  atomic_fetch_sub(&block->left, 1);
-  return 1;
+/* Takes a block back whose tasks are done. */
+static block *take_back(flow *flow, int at) {
+  block *block = leave(&flow->at_work, at);
+  publish(flow);
+  return block;
 }
 
-/* Workers take from both directions in turn, so that neither waits for the other. One in five sees to fresh memory
- * first, the others where nothing else is to be done. */
+/* Takes one of these tasks of a block; -1: none of them is left. */
+static int take(block *block, uint64_t tasks) {
+  uint64_t found;
+  while ((found = atomic_load_explicit(&block->open, memory_order_relaxed) & tasks)) {
+    int at = __builtin_ctzll(found);
+    if (atomic_fetch_and(&block->open, ~(UINT64_C(1) << at)) >> at & 1) return at;
+  }
+  return -1;
+}
+
+/* Does a task of a direction, of the oldest block that has one: of a worker's own, or any (`own` is NULL). */
+static int do_one(run *run, lookout *lookout, const uint64_t *own) {
+  flow *flow = lookout->flow;
+  uint64_t version = atomic_load(&flow->version);
+  if (version == lookout->emptied) return 0;
+  int count = atomic_load_explicit(&flow->count, memory_order_relaxed);
+  for (int i = 0; i < count; i++) {
+    int at = atomic_load_explicit(&flow->order[i], memory_order_relaxed);
+    block *block = &flow->blocks[at];
+    int task = take(block, own ? own[at] : UINT64_MAX);
+    if (task < 0) continue;
+    do_task(run, &block->piece, &block->tasks[task]);
+    atomic_fetch_sub(&block->left, 1);
+    return 1;
+  }
+  if (!own) lookout->emptied = version;
+  return 0;
+}
+
+/* A worker's own tasks are the same ones of a block each time. To fill a block takes twice as long where another CPU's
+ * caches hold it. What comes back the device has written: there all tasks are alike. */
+static void choose_own(int worker, int workers, uint64_t *own) {
+  for (int i = 0; i < BLOCKS * MOST_TASKS; i++) {
+    if (i % MOST_TASKS == 0) own[i / MOST_TASKS] = 0;
+    if (i % workers == worker) own[i / MOST_TASKS] |= UINT64_C(1) << i % MOST_TASKS;
+  }
+}
+
+/* Workers take from both directions in turn, so that neither waits for the other, and others' tasks where nothing else
+ * is to be done. One in five sees to fresh memory first, the others last. */
 static void help(run *run, int worker) {
-  flow *flows[] = {&run->staging->in, &run->staging->out};
+  lookout in = {&run->staging->in, 0}, out = {&run->staging->out, 0};
+  uint64_t own[BLOCKS];
   int touches = worker % 5 == 0;
+  choose_own(worker - 1, run->width - 1, own);
   for (int idle = 0, turn = worker; !atomic_load(&run->over);) {
-    if ((touches && touch_one(run)) || do_one(run, flows[turn % 2]) || do_one(run, flows[1 - turn % 2]) ||
-        touch_one(run)) {
+    if ((touches && touch_one(run)) || (turn % 2 && do_one(run, &out, NULL)) || do_one(run, &in, own) ||
+        do_one(run, &out, NULL) || do_one(run, &in, NULL) || touch_one(run)) {
       turn++;
       idle = 0;
     } else {
@@ -379,7 +429,7 @@ static lola_status send_block(run *run, block *block) {
   return status;
 }
 
-/* Counts the pieces of which every block was sent. The work waits for the last of all blocks that were. */
+/* Counts the pieces of which every block was sent, after each: the work waits for the one that was sent last. */
 static lola_status count_arrived(run *run) {
   const flow *in = &run->staging->in;
   int64_t arrived = in->at_work.count ? in->at_work.blocks[0]->piece.index : in->piece.index;
@@ -428,11 +478,11 @@ static int move_in(run *run) {
     if (atomic_load(&block->left) || block->piece.index >= run->computed + PIECES) {
       i++;
     } else {
-      run->status = send_block(run, leave(&in->at_work, i));
+      run->status = send_block(run, take_back(in, i));
+      if (!run->status) run->status = count_arrived(run);
       moved++;
     }
   }
-  if (moved && !run->status) run->status = count_arrived(run);
   return moved;
 }
 
@@ -453,7 +503,7 @@ static int move_out(run *run) {
     if (atomic_load(&out->at_work.blocks[i]->left)) {
       i++;
     } else {
-      join(&out->free, leave(&out->at_work, i));
+      join(&out->free, take_back(out, i));
       moved++;
     }
   }
@@ -465,12 +515,13 @@ static int move_out(run *run) {
 
 static void lead(run *run) {
   flow *in = &run->staging->in, *out = &run->staging->out;
+  lookout in_lookout = {in, 0}, out_lookout = {out, 0};
   int only = run->transfer->only, idle = 0;
   while (!run->status && !((only == ONLY_OUT || is_over(in)) && (only == ONLY_IN || is_over(out)))) {
     int moved = only == ONLY_OUT ? 0 : move_in(run);
     moved += move_on(run);
     moved += only == ONLY_IN ? 0 : move_out(run);
-    if (moved || do_one(run, in) || do_one(run, out))
+    if (moved || do_one(run, &in_lookout, NULL) || do_one(run, &out_lookout, NULL))
       idle = 0;
     else
       lola_pool_rest(idle++);
@@ -491,9 +542,12 @@ static void take_part(void *context, int64_t index, int worker) {
 
 static lola_status open_staging(device *device, lola_message *message) {
   const lola_cuda_api *api = device->api;
-  if (!device->staging) device->staging = calloc(1, sizeof *device->staging);
+  if (!device->staging) {
+    device->staging = aligned_alloc(CACHE_LINE, sizeof *device->staging);
+    if (!device->staging) return lola_out_of_memory(message, sizeof *device->staging);
+    memset(device->staging, 0, sizeof *device->staging);
+  }
   struct staging *staging = device->staging;
-  if (!staging) return lola_out_of_memory(message, sizeof *staging);
   lola_status status = LOLA_OK;
   flow *flows[] = {&staging->in, &staging->out};
   for (int i = 0; i < 2; i++) {
@@ -537,13 +591,14 @@ static lola_status open_flow(const run *run, flow *flow, int64_t bytes, int64_t 
     if (!status) block->size = size;
   }
   flow->free.count = flow->at_work.count = flow->copying.count = 0;
-  for (int i = 0; i < BLOCKS; i++)
+  for (int i = 0; i < BLOCKS; i++) {
+    atomic_store(&flow->blocks[i].open, 0); /* a transfer that failed may have left some */
     if (flow->blocks[i].size >= size) join(&flow->free, &flow->blocks[i]);
+  }
   flow->piece = run->next;
   flow->part = 0;
   flow->row = 0;
-  atomic_store(&flow->given, 0);
-  atomic_store(&flow->taken, 0);
+  publish(flow);
   return status;
 }
 
@@ -582,11 +637,12 @@ static lola_status run_overlapped(run *run, int64_t bytes) {
   struct staging *staging = run->staging;
   int width = lola_pool_width(bytes / TASK_BYTES + 1);
   width -= width / 8; /* a worker that loses its CPU to another thread holds up a whole block */
+  run->width = width < MOST_WORKERS ? width : MOST_WORKERS;
   run->status = record(run, staging->ready, run->transfer->stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->in.stream);
   if (!run->status) run->status = wait_for(run, staging->ready, staging->out.stream);
-  if (width > 1) open_regions(run);
-  if (!run->status) lola_pool_run(width, width, take_part, run);
+  if (run->width > 1) open_regions(run);
+  if (!run->status) lola_pool_run(run->width, run->width, take_part, run);
   free(run->regions);
   return run->status;
 }
