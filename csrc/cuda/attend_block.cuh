@@ -6,8 +6,8 @@
 #ifndef LOLA_CUDA_ATTEND_BLOCK_CUH
 #define LOLA_CUDA_ATTEND_BLOCK_CUH
 
-#include "attend_instructions.cuh"
 #include "chain.cuh"
+#include "instructions.cuh"
 #include "segment.cuh"
 
 namespace {

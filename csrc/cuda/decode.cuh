@@ -86,13 +86,6 @@ __device__ __forceinline__ void stream_or_zero(void *to, const void *from, bool 
                : "memory");
 }
 
-__device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/* Waits until at most PENDING of this thread's groups are under way. */
-template <int PENDING> __device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 /* Asks for memory to be brought into L2; bytes and address multiples of 16. */
 __device__ __forceinline__ void prefetch(const void *from, int64_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy_rows(const tile_source &from, const char *s
       }
     }
   }
-  copies_end_group();
+  cp_async_commit();
 }
 
 /* The newest pair's row, from where its thread copied it, into its ring slot. */
@@ -118,7 +118,7 @@ __device__ __forceinline__ void attend_heads(const decode_plan &plan, char *shar
   const int width = plan.key_pieces * PER_PIECE;
 
   /* s = k.q: a partial sum per lane, summed over lanes so that each ends with its own few of the N values. */
-  copies_wait<1>();
+  cp_async_wait<1>();
   float s[N];
 #pragma unroll
   for (int i = 0; i < N; i++) s[i] = 0;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void attend_heads(const decode_plan &plan, char *shar
   __syncwarp();
 
   /* o = sum p v: a thread owns a piece's columns. */
-  copies_wait<0>();
+  cp_async_wait<0>();
 #pragma unroll 1
   for (int first = 0; first < plan.value_pieces; first += LANES) {
     const int piece = first + lane;

@@ -10,8 +10,8 @@
 #ifndef LOLA_CUDA_DECODE_MATRIX_CUH
 #define LOLA_CUDA_DECODE_MATRIX_CUH
 
-#include "attend_instructions.cuh"
 #include "decode.cuh"
+#include "instructions.cuh"
 
 namespace {
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ void ask_keys(const lola_device_segment &g, const til
 #pragma unroll
     for (int j = 0; j < 4; j++) copy_or_zero(piece_place(shared, i * 4 + j), key + 64 * j, there && at + 32 * j < g.D);
   }
-  copies_end_group();
+  cp_async_commit();
 }
 
 __device__ __forceinline__ void ask_values(const lola_device_segment &g, const tile_source &from, int first,
@@ -129,7 +129,7 @@ __device__ __forceinline__ void ask_values(const lola_device_segment &g, const t
     for (int j = 0; j < 2; j++)
       copy_or_zero(piece_place(shared, KEY_PIECES + i * 2 + j), value + 128 * j, there && at + 64 * j < g.Dv);
   }
-  copies_end_group();
+  cp_async_commit();
 }
 
 /* The newest pair's pieces, once the copies have landed. */
@@ -214,9 +214,9 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
     for (int d = 0; d == 0 || (LONG && d < g.D); d += SPAN) {
       if (LONG && (d || first)) {
         ask_keys(g, from, d, shared);
-        copies_wait<0>();
+        cp_async_wait<0>();
       } else {
-        copies_wait<1>();
+        cp_async_wait<1>();
       }
       if (has_newest) put_newest_key(g, from, d, newest, shared);
 #pragma unroll
@@ -263,7 +263,7 @@ __device__ __forceinline__ void attend_matrix(const lola_device_segment &g, cons
 #pragma unroll 1
     for (int column = 0; column == 0 || (LONG && column < g.Dv); column += SPAN) {
       if (LONG && (column || first)) ask_values(g, from, column, shared);
-      copies_wait<0>();
+      cp_async_wait<0>();
       if (has_newest) put_newest_value(g, from, column, newest, shared);
       unsigned v[VALUE_ROWS][2][4];
 #pragma unroll

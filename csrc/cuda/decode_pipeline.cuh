@@ -574,7 +574,7 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
       const int place = at + ahead;
       return known[place >= KNOWN_UNITS ? place - KNOWN_UNITS : place];
     };
-    copies_wait<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     __syncthreads(); /* the unit is there, and the sums of the last one were read */
     const known_unit &now = known[at];
     if (turn >= 0 && now.unit.kind == NO_UNIT) break;
@@ -603,7 +603,7 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
         ask_unit<T>(g, plan, next, scratch.phi,
                     static_cast<char *>(__cvta_shared_to_generic(stages)) + free * STAGE_BYTES);
       }
-      copies_end_group();
+      cp_async_commit();
       if (turn >= 0 && now.is_work())
         work_on_unit<T>(g, plan, now, shared + stage * STAGE_BYTES, sums, scratch.partials);
     }

@@ -29,7 +29,7 @@ __device__ __forceinline__ void begin_even(const float *hidden, const decode_pla
 #pragma unroll 1
   for (int i = 0; i < AHEAD; i++) {
     if (i < plan.state_stages) ask_stage(hidden, i, i, shared);
-    copies_end_group();
+    cp_async_commit();
   }
 }
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ void recall_even(const float *hidden, const decode_pl
   phi += group;
 #pragma unroll 1
   for (int stage = 0; stage < plan.state_stages; stage++) {
-    copies_wait<AHEAD - 1>();
+    cp_async_wait<AHEAD - 1>();
     const float *from = reinterpret_cast<const float *>(shared) + slot * STAGE_FLOATS + threadIdx.x * 4;
 #pragma unroll
     for (int i = 0; i < PASSES; i++, phi += groups) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void recall_even(const float *hidden, const decode_pl
       for (int e = 0; e < 4; e++) sum[e] = fmaf(*phi, x[e], sum[e]);
     }
     if (stage + AHEAD < plan.state_stages) ask_stage(hidden, stage + AHEAD, slot, shared);
-    copies_end_group();
+    cp_async_commit();
     slot = (slot + 1) % AHEAD;
   }
 }
@@ -79,7 +79,7 @@ template <int VECTOR> __device__ __forceinline__ void ask(state_walk &walk, cons
     }
   }
   walk.slot = walk.slot + 1 == DEPTH ? 0 : walk.slot + 1;
-  copies_end_group();
+  cp_async_commit();
 }
 
 template <int VECTOR>
@@ -100,7 +100,7 @@ __device__ __forceinline__ void recall_block(state_walk &walk, int &taken, int f
   const int lane = threadIdx.x & ((1 << plan.state_shift) - 1);
 #pragma unroll 2
   for (int f = group; f - group < F; f += groups) {
-    copies_wait<DEPTH - 1>();
+    cp_async_wait<DEPTH - 1>();
     if (f < F && first + lane * VECTOR < Dv) {
       float x[VECTOR];
       load_floats<VECTOR>(walk.stage + taken * (THREADS * VECTOR), x);

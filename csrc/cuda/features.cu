@@ -314,7 +314,7 @@ __device__ __forceinline__ void fetch_rows(const char *own, int D, bool vector, 
     for (int i = 0; i < ROWS; i += 2) {
       const char *from = row_from(i + lane / 16);
       if (from && k < D)
-        lola_copy_async(x + lola_swizzled(i + lane / 16, k, pitch), from + static_cast<int64_t>(k) * 2);
+        cp_async(shared_address(x + lola_swizzled(i + lane / 16, k, pitch)), from + static_cast<int64_t>(k) * 2);
     }
   }
 }
@@ -339,7 +339,7 @@ __device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloa
     unsigned a[ROWS / 16][4], rest[ROWS / 16][4];
 #pragma unroll
     for (int m = 0; m < ROWS / 16; m++) {
-      lola_load_rows(a[m], x + lola_swizzled(16 * m + left_row, k + (matrix >> 1) * 8, pitch));
+      ldmatrix(a[m], shared_address(x + lola_swizzled(16 * m + left_row, k + (matrix >> 1) * 8, pitch)));
       if constexpr (HALF) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -353,8 +353,8 @@ __device__ __forceinline__ void project(const __nv_bfloat16 *x, const __nv_bfloa
       if (32 * (n / 4) >= M) break;
       const int at = lola_swizzled(8 * n + right_row, k + (matrix & 1) * 8, pitch);
       unsigned high[4], low[4];
-      lola_load_rows(high, hi + at);
-      lola_load_rows(low, lo + at);
+      ldmatrix(high, shared_address(hi + at));
+      ldmatrix(low, shared_address(lo + at));
 #pragma unroll
       for (int m = 0; m < ROWS / 16; m++)
 #pragma unroll
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     };
     bool more = seek();
     if (more) fetch_rows<ROWS>(from, g.D, asks ? job.vector_q : job.vector_x, pitch, x);
-    lola_copy_commit();
+    cp_async_commit();
     __syncthreads(); /* the last run's weights were read */
     if (loaded != 2 * head + asks) {
       load_weights_of(head, asks);
@@ -445,14 +445,14 @@ __global__ void __launch_bounds__(TENSOR_THREADS, PRODUCTS <= 8 ? 2 : 1)
     while (more) {
       char *const now = to;
       more = seek();
-      lola_copy_wait<0>();
+      cp_async_wait<0>();
       __syncwarp();
       const bool asked = loaded & 1, dealt = asked && g.queries_dealt; /* as `asks`, for which no register is left */
       float acc[ROWS / 16][PRODUCTS][4];
       project<T, ROWS, PRODUCTS>(x, hi, lo, g.D, M, pitch, acc);
       __syncwarp();
       if (more) fetch_rows<ROWS>(from, g.D, asked ? job.vector_q : job.vector_x, pitch, x);
-      lola_copy_commit();
+      cp_async_commit();
 #pragma unroll
       for (int m = 0; m < ROWS / 16; m++)
 #pragma unroll

@@ -51,7 +51,7 @@ __device__ __forceinline__ void finish_hedgehog_row(lola_map_kind kind, const fl
 #pragma unroll
     for (int n = 0; n < PRODUCTS; n++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) e[2 * n + i] = lola_power_of_two(fmaf(acc[n][2 * half + i], factor, -base));
+      for (int i = 0; i < 2; i++) e[2 * n + i] = power_of_two(fmaf(acc[n][2 * half + i], factor, -base));
       if (32 * (n / 4) + 8 * c < M) sum += e[2 * n] + e[2 * n + 1];
     }
     sum = quad_sum(sum);

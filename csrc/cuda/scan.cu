@@ -715,14 +715,15 @@ __device__ void fold_staged(const lola_device_segment &g, const scan_plan &plan,
       float acc[5][4] = {};
       for (int k = 0; k < n; k += 16) {
         unsigned a[4];
-        lola_load_transposed(a, features + lola_swizzled(k + lane % 8 + lane / 16 * 8, f + (lane / 8 & 1) * 8, pitch));
+        ldmatrix_transposed(
+            a, shared_address(features + lola_swizzled(k + lane % 8 + lane / 16 * 8, f + (lane / 8 & 1) * 8, pitch)));
 #pragma unroll
         for (int part = 0; part < (is_half<T> ? 2 : 1); part++)
 #pragma unroll
           for (int two = 0; two < 2; two++) {
             unsigned b[4];
-            lola_load_transposed(b,
-                                 values + (part * plan.stage + k + lane % 16) * VALUE_PITCH + two * 16 + lane / 16 * 8);
+            ldmatrix_transposed(b, shared_address(values + (part * plan.stage + k + lane % 16) * VALUE_PITCH +
+                                                  two * 16 + lane / 16 * 8));
             lola_mma(acc[2 * two], a[0], a[1], a[2], a[3], b[0], b[1]);
             lola_mma(acc[2 * two + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
           }

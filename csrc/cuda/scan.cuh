@@ -10,7 +10,7 @@
 #ifndef LOLA_CUDA_SCAN_CUH
 #define LOLA_CUDA_SCAN_CUH
 
-#include "cuda/attend_instructions.cuh"
+#include "cuda/instructions.cuh"
 #include "cuda/segment.cuh"
 
 /* --- the schedule, as core/schedule.h has it ---------------------------------------------------------------------- */
@@ -91,38 +91,6 @@ static __device__ inline void lola_mma_chunk(float (&c)[4], const lola_fragment 
   lola_mma(c, f.a[1][0], f.a[1][1], f.a[1][2], f.a[1][3], b.z, b.w);
 }
 
-/* Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of matrix l / 8. */
-static __device__ inline void lola_load_transposed(unsigned (&r)[4], const void *row) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-/* The same as they lie. */
-static __device__ inline void lola_load_rows(unsigned (&r)[4], const void *row) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-/* 16 bytes from device to shared memory, which nobody waits for yet. */
-static __device__ inline void lola_copy_async(void *to, const void *from) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-
-/* Ends a group of copies. */
-static __device__ inline void lola_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/* Waits for the thread's copies but those of its last `GROUPS` groups. */
-template <int GROUPS> static __device__ inline void lola_copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
-}
-
 /* --- a counter that blocks meet at -------------------------------------------------------------------------------- */
 
 static __device__ inline void lola_arrive(unsigned *counter) {
@@ -141,13 +109,6 @@ static __device__ inline unsigned lola_thread() {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
-}
-
-/* 2^x to two units in the last place; 0 below 2^-126. */
-static __device__ inline float lola_power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 /* 1 / x to a unit in the last place, for x from 2^-126 to 2^126. */

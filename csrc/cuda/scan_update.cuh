@@ -170,7 +170,8 @@ __device__ __forceinline__ void project_tile(const lola_device_segment &g, const
 #pragma unroll
       for (int step = 0; step < 4; step++) {
         const int at = phi_at(plan, first + row, 8 * panel + 2 * step + lane / 16);
-        lola_load_rows(x[step], wgmma_memory + (there ? at : plan.halves)); /* or weights, which nobody writes */
+        ldmatrix(x[step],
+                 shared_address(wgmma_memory + (there ? at : plan.halves))); /* or weights, which nobody writes */
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float2 pair = lola_widen<__half>(x[step][e]);

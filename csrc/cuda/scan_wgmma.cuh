@@ -17,13 +17,13 @@
  * Order of sums: scores as they lie in the fragments, then over column blocks, then over heads; folds by newcomers'
  * row. Neither depends on how a call was cut, on the batch, or on the grid.
  *
- * Tiles lie as attend_instructions.cuh says: panels of 64 columns, rows of 128 bytes, swizzled. Columns of H are dealt
+ * Tiles lie as instructions.cuh says: panels of 64 columns, rows of 128 bytes, swizzled. Columns of H are dealt
  * out within 32 as lola_column_row says, so that a lane's eight results are neighbours: a value's 16 bytes. */
 #ifndef LOLA_CUDA_SCAN_WGMMA_CUH
 #define LOLA_CUDA_SCAN_WGMMA_CUH
 
-#include "cuda/attend_instructions.cuh"
 #include "cuda/chain.cuh"
+#include "cuda/instructions.cuh"
 #include "cuda/scan_block.cuh"
 
 namespace {

@@ -1,10 +1,10 @@
-/* The machine instructions that the attention kernels are made of, each as a function of its name.
+/* The machine instructions that kernels are made of, each as a function of its name.
  *
  * Shared memory tiles of 16-bit elements, here and in the kernels: columns in panels of 64, a panel is rows of 128
  * bytes one after the other, and the 16-byte piece c of row i lies at c ^ (i & 7), so that eight rows of one piece hit
  * all banks. It is the layout that wgmma calls 128-byte swizzle; a tile begins at a multiple of 1024 bytes. */
-#ifndef LOLA_CUDA_ATTEND_INSTRUCTIONS_CUH
-#define LOLA_CUDA_ATTEND_INSTRUCTIONS_CUH
+#ifndef LOLA_CUDA_INSTRUCTIONS_CUH
+#define LOLA_CUDA_INSTRUCTIONS_CUH
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
