@@ -107,7 +107,7 @@ __device__ __forceinline__ void merge_wide(const lola_device_segment &g, const d
                                            const decode_row &of, int kv_head, Count count_of, const float *partials) {
   constexpr int MERGE = 12, PARTS = 2, COLUMNS = 128, STRIDE = COLUMNS + 4;
   const int warp = thread / 32, lane = thread % 32;
-  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, of.window_pairs);
+  const int slots = static_cast<int>(plan.slots), window_tiles = tiles_of(plan, of.window.pairs);
   const int gap = (static_cast<int>(plan.window_tiles) - window_tiles) * STRIDE; /* to the first sparse tile */
 #pragma unroll 1
   for (int j = warp; j < g.r; j += WARPS) {

@@ -149,7 +149,8 @@ struct facts_ahead {
     decode_row of = describe(g, plan.row, rows, row, __shfl_sync(ALL, word, POSITION), __shfl_sync(ALL, word, CHUNKS),
                              __shfl_sync(ALL, word, BEGINS), __shfl_sync(ALL, word, ENDS));
     /* Others have no use for the rest, and this takes as long as all before. */
-    if (place.unit.kind == WINDOW_UNIT || place.unit.updated || g.stores_features) describe_window(g, plan.row, &of);
+    if (place.unit.kind == WINDOW_UNIT || place.unit.updated || g.stores_features)
+      of.window = window_of(g, plan.row, of.position);
     if (lane >= COUNTS && lane < COUNTS + MATRIX_HEADS) to->facts.counts[lane - COUNTS] = static_cast<int>(word);
     if (lane == 0) {
       if (of.updated && !place.unit.updated) of.row = -1; /* its time comes at the end */
@@ -163,13 +164,13 @@ struct facts_ahead {
 
 /* Pairs of a unit that exist; may be negative. */
 __device__ __forceinline__ int pairs_of(const group_facts &facts, const work_unit &u) {
-  const int pairs = u.kind == SPARSE_UNIT ? facts.counts[u.which] : facts.of.window_pairs;
+  const int pairs = u.kind == SPARSE_UNIT ? facts.counts[u.which] : facts.of.window.pairs;
   return min(pairs - u.tile * UNIT_PAIRS, UNIT_PAIRS);
 }
 
 /* Of a window's unit, which pair is the newest; negative or too large where none is. */
 __device__ __forceinline__ int newest_of(const group_facts &facts, const work_unit &u) {
-  return u.kind == WINDOW_UNIT ? facts.of.window_pairs - 1 - u.tile * UNIT_PAIRS : -1;
+  return u.kind == WINDOW_UNIT ? facts.of.window.pairs - 1 - u.tile * UNIT_PAIRS : -1;
 }
 
 /* The first slot of a (row, set) or (row, KV head). */
@@ -183,7 +184,7 @@ __device__ __forceinline__ int slot_in(const lola_device_segment &g, const group
                                        int pair) {
   int slot = u.tile * UNIT_PAIRS + pair;
   if (u.kind == WINDOW_UNIT) {
-    slot += facts.of.window_slot;
+    slot += facts.of.window.slot;
     if (slot >= static_cast<int>(g.R)) slot -= static_cast<int>(g.R);
   }
   return slot;
@@ -201,7 +202,7 @@ __device__ __forceinline__ int value_place(int row, int piece) {
 __device__ __forceinline__ int entered_from(const lola_device_segment &g, const group_facts &facts, int64_t slot) {
   const int code = __ldcg(g.slot_source + slot);
   if (code < 0) return -1;
-  const int from = facts.of.ring_slot + code;
+  const int from = facts.of.window.ring_slot + code;
   return from < static_cast<int>(g.R) ? from : from - static_cast<int>(g.R);
 }
 
@@ -506,7 +507,7 @@ __device__ __forceinline__ void work_on_unit(const lola_device_segment &g, const
     const bool folded = facts.folded >> u.which & 1;
     if (folded) recall_quarter(stage, reinterpret_cast<const float *>(stage + QUERIES_AT), sums);
     if (g.stores_features && u.tile == 0)
-      keep_features(g, facts.of.batch, facts.of.first, facts.of.ring_slot,
+      keep_features(g, facts.of.batch, facts.of.first, facts.of.window.ring_slot,
                     static_cast<int64_t>(facts.group) * g.r + u.which, facts.kv_head * g.r + u.which);
     workers_sync();
     if (folded && warp == 0) {
@@ -653,16 +654,16 @@ __global__ void __launch_bounds__(MERGED_GROUPS *THREADS, 2)
   };
   merge_wide(g, plan, thread, of, kv_head, count_of, scratch.partials + group * plan.group_floats);
   /* The newest pair into its ring slot, where until now a pair may have lain that entered the sparse cache. */
-  const int64_t slot = static_cast<int64_t>(group) * g.R + of.ring_slot;
+  const int64_t slot = static_cast<int64_t>(group) * g.R + of.window.ring_slot;
   static_cast<uint16_t *>(g.window_keys)[slot * WIDE + thread] = key;
   static_cast<uint16_t *>(g.window_values)[slot * WIDE + thread] = value;
   const int sets = g.S / g.Hkv;
 #pragma unroll 1
   for (int s = thread; g.scores.data && s < sets; s += THREADS)
-    lola_device_keep_given(g, of.row, kv_head * sets + s, of.ring_slot, of.batch, of.first);
+    lola_device_keep_given(g, of.row, kv_head * sets + s, of.window.ring_slot, of.batch, of.first);
   if (kv_head == 0 && thread == 0) {
     g.tokens_seen[of.row] = of.position + 1;
-    if (of.chunk > g.chunks[of.row]) g.chunks[of.row] = of.chunk;
+    if (of.window.chunk > g.chunks[of.row]) g.chunks[of.row] = of.window.chunk;
   }
 }
 

@@ -20,14 +20,19 @@ struct row_plan {
   int64_t first_update; /* the first position whose chunk does not begin within W */
 };
 
+/* A row's window with its token. */
+struct row_window {
+  int64_t chunk;       /* of the token */
+  int ring_slot, slot; /* of the token, of the first pair */
+  int pairs;           /* with the newest */
+};
+
 /* A row as the step begins. */
 struct decode_row {
   int64_t batch, first, position; /* of its token */
   int row;                        /* -1: idle */
   int updated;                    /* pairs leave its window in this step */
-  int64_t chunk;                  /* of its token */
-  int ring_slot;                  /* of its token */
-  int window_pairs, window_slot;  /* with the newest; ring slot of the first */
+  row_window window;
 };
 
 /* On lines of their own. `begun` is 0 between steps; who sets it clears the others before. */
@@ -70,7 +75,26 @@ __device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
 }
 
-/* A row, but for what follows of its window: from what the cache counts of it, and where the call says that its offsets
+/* Whether pairs leave a row's window with its token: it is the first of its chunk, whose window does not begin with
+ * position 0. */
+__device__ __forceinline__ bool begins_update(const lola_device_segment &g, int64_t first_update, int64_t position,
+                                              int64_t updated) {
+  return position >= (updated + 1) * g.C && position >= first_update;
+}
+
+__device__ __forceinline__ row_window window_of(const lola_device_segment &g, const row_plan &plan, int64_t position) {
+  const bool small = plan.small_sizes && position < INT64_C(0x7fffffff);
+  const auto slot_of = [&](int64_t x) { return static_cast<int>(x - divided(x, plan.by_R, small) * g.R); };
+  row_window w;
+  w.chunk = divided(position, plan.by_C, small);
+  const int64_t begin = w.chunk * g.C - g.W, first = begin > 0 ? begin : 0;
+  w.ring_slot = slot_of(position);
+  w.slot = slot_of(first);
+  w.pairs = static_cast<int>(position + 1 - first);
+  return w;
+}
+
+/* A row, but for its window: from what the cache counts of it, and where the call says that its offsets
  * begin and end. */
 __device__ __forceinline__ decode_row describe(const lola_device_segment &g, const row_plan &plan,
                                                const call_rows &rows, int row, int64_t position, int64_t updated,
@@ -82,20 +106,8 @@ __device__ __forceinline__ decode_row describe(const lola_device_segment &g, con
   d.first = start;
   d.position = position;
   d.row = idle ? -1 : row;
-  d.updated = !idle && position >= (updated + 1) * g.C && position >= plan.first_update;
+  d.updated = !idle && begins_update(g, plan.first_update, position, updated);
   return d;
-}
-
-/* What follows of its window. */
-__device__ __forceinline__ void describe_window(const lola_device_segment &g, const row_plan &plan, decode_row *d) {
-  const int64_t position = d->position;
-  const bool small = plan.small_sizes && position < INT64_C(0x7fffffff);
-  const auto slot_of = [&](int64_t x) { return static_cast<int>(x - divided(x, plan.by_R, small) * g.R); };
-  d->chunk = divided(position, plan.by_C, small);
-  const int64_t begin = d->chunk * g.C - g.W, first = begin > 0 ? begin : 0;
-  d->ring_slot = slot_of(position);
-  d->window_pairs = static_cast<int>(position + 1 - first);
-  d->window_slot = slot_of(first);
 }
 
 /* The step begins: by one block that has awaited all that came before it. Who cannot wait for the rows looks up its own
@@ -113,7 +125,7 @@ __device__ __forceinline__ void begin_step(const lola_device_segment &g, const r
     decode_row d = describe(g, plan, rows, row, __ldcg(g.tokens_seen + row), __ldcg(g.chunks + row),
                             row_end(rows, row, false), row_end(rows, row, true));
     if (d.updated) known.updated[atomicAdd(&updated_rows, 1)] = row;
-    describe_window(g, plan, &d);
+    d.window = window_of(g, plan, d.position);
     known.rows[row] = d;
     if (plan.writes_spans) g.spans[row] = span_of(g, rows, row, 0, 1);
   }

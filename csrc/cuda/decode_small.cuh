@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
     x = __ldcg(reinterpret_cast<const unsigned short *>(own_query + lane * SMALL_WARPS));
   bool updated = false;
   if (plan.updates) {
-    updated = position >= (__ldcg(g.chunks + row) + 1) * g.C && position >= plan.first_update;
+    updated = begins_update(g, plan.first_update, position, __ldcg(g.chunks + row));
     if (threadIdx.x == 0) is_updated = updated;
   }
 

@@ -1,5 +1,5 @@
-/* What scan.cu and scan_wgmma.cuh share: where a unit's pairs lie, which units a group of blocks takes, pieces of rows,
- * and the parts of a pair's error. */
+/* What scan_generic.cuh and scan_wgmma.cuh share: where a unit's pairs lie, which units a group of blocks takes, pieces
+ * of rows, and the parts of a pair's error. */
 #ifndef LOLA_CUDA_SCAN_BLOCK_CUH
 #define LOLA_CUDA_SCAN_BLOCK_CUH
 

@@ -35,16 +35,12 @@ __device__ __forceinline__ void store_in_cluster(uint32_t address, int rank, con
 }
 
 /* Position of the row's token where pairs leave the window with it, else -1. */
-__device__ __forceinline__ int64_t updating_position(const lola_device_segment &g, const call_rows &rows, int row) {
-  lola_device_span span = {};
-  span.position = __ldcg(g.tokens_seen + row);
-  span.updated = __ldcg(g.chunks + row);
+__device__ __forceinline__ int64_t updating_position(const lola_device_segment &g, const call_rows &rows,
+                                                     const row_plan &plan, int row) {
+  const int64_t position = __ldcg(g.tokens_seen + row), updated = __ldcg(g.chunks + row);
   int64_t start, stop;
   row_range(rows, row, &start, &stop);
-  if (stop <= start || span.position < (span.updated + 1) * g.C) return -1;
-  span.tokens = 1;
-  const lola_device_leaving leaving = lola_device_segment_leaving(g, span);
-  return leaving.end > leaving.first ? span.position : -1;
+  return stop > start && begins_update(g, plan.first_update, position, updated) ? position : -1;
 }
 
 /* Whether pairs may leave a window, while the step before, and no other, may still be under way: it counts one more
@@ -170,8 +166,8 @@ __device__ __forceinline__ void project_tile(const lola_device_segment &g, const
 #pragma unroll
       for (int step = 0; step < 4; step++) {
         const int at = phi_at(plan, first + row, 8 * panel + 2 * step + lane / 16);
-        ldmatrix(x[step],
-                 shared_address(wgmma_memory + (there ? at : plan.halves))); /* or weights, which nobody writes */
+        /* or weights, which nobody writes */
+        ldmatrix(x[step], shared_address(wgmma_memory + (there ? at : plan.halves)));
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float2 pair = lola_widen<__half>(x[step][e]);
@@ -406,7 +402,7 @@ __device__ __forceinline__ void update_unit(const lola_device_segment &g, const 
 template <typename T>
 __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
     update_wgmma_kernel(const __grid_constant__ lola_device_segment g, const __grid_constant__ cluster_plan plan,
-                        const __grid_constant__ call_rows rows, const __grid_constant__ row_plan row,
+                        const __grid_constant__ call_rows rows, const __grid_constant__ row_plan plan_of_rows,
                         const __grid_constant__ decode_rows known) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ update_shared shared;
@@ -419,7 +415,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   /* Where there is nothing to do, all clusters but the last make room at once: who awaits it awaits all before. */
   const bool may = may_update(g);
   if (may || group == plan.groups - 1) lola_device_await_previous();
-  if (known.signals && blockIdx.x + 1 == gridDim.x) begin_step(g, row, rows, known);
+  if (known.signals && blockIdx.x + 1 == gridDim.x) begin_step(g, plan_of_rows, rows, known);
   if (!may) return;
   cluster_turns turns = {};
   bool begun = false;
@@ -428,7 +424,7 @@ __global__ void __launch_bounds__(EMPTY ? 32 : THREADS, 1)
   for (int first = 0; first < g.B; first += ROWS_AT_ONCE) {
     const int thread = own_thread(), warp = thread / 32, lane = thread % 32, row = first + thread;
     int64_t position = -1;
-    if (thread < ROWS_AT_ONCE && row < g.B) position = updating_position(g, rows, row);
+    if (thread < ROWS_AT_ONCE && row < g.B) position = updating_position(g, rows, plan_of_rows, row);
     if (!__syncthreads_or(position >= 0)) continue;
     const unsigned bits = __ballot_sync(ALL, position >= 0);
     if (thread < ROWS_AT_ONCE && lane == 0) shared.row_count[warp] = __popc(bits);
@@ -480,9 +476,10 @@ inline const void *update_kernel_of(lola_dtype dtype, int panels) {
 }
 
 inline cudaError_t launch_update(const lola_device_segment &g, const cluster_plan &plan, const call_rows &rows,
-                                 const row_plan &row, const decode_rows &known, cudaStream_t stream) {
+                                 const row_plan &plan_of_rows, const decode_rows &known, cudaStream_t stream) {
   void *arguments[] = {const_cast<lola_device_segment *>(&g), const_cast<cluster_plan *>(&plan),
-                       const_cast<call_rows *>(&rows), const_cast<row_plan *>(&row), const_cast<decode_rows *>(&known)};
+                       const_cast<call_rows *>(&rows), const_cast<row_plan *>(&plan_of_rows),
+                       const_cast<decode_rows *>(&known)};
   return launch_clusters(update_kernel_of(g.dtype, plan.panels), plan, plan.shared_bytes, stream, arguments);
 }
 

@@ -1,4 +1,4 @@
-/* The scan of scan.cu on Hopper: a cluster of rs * ceil(Dv / 64) blocks walks a unit, block (h, j) with head h's phi of
+/* The scan on Hopper: a cluster of rs * ceil(Dv / 64) blocks walks a unit, block (h, j) with head h's phi of
  * all its pairs in shared memory and columns 64 j .. 64 j + 63 of H and s beside them. For self_recall scores of 16-bit
  * caches with F <= 128, where that fits (make_cluster_plan in scan.cu).
  *

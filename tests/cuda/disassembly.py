@@ -33,7 +33,7 @@ MATRIX = {
     r"attend_wgmma_kernel<.*>": "HGMMA",
     r"attend_mma_kernel<.*>": "HMMA",
     r"wgmma_scan::(scan|update)_wgmma_kernel<.*>": "HGMMA",
-    r"scan_kernel<cache_kind<(bf16|fp16), .*>>": "HMMA",
+    r"generic_scan::scan_kernel<generic_scan::cache_kind<(bf16|fp16), .*>>": "HMMA",
     r"tensor_kernel<.*>": "HMMA",
     r"decode_kernel<(bf16|fp16), [01]>": "HMMA",
     r"decode_pipeline_kernel<(bf16|fp16)>": "HMMA",
@@ -54,8 +54,8 @@ LOCAL = {
     r"wgmma_scan::scan_wgmma_kernel<.*>": (16, 0),
     r"wgmma_scan::update_wgmma_kernel<.*>": (16, 0),
     # For pairs that do not fit in shared memory.
-    r"scan_kernel<cache_kind<(bf16|fp16), false>>": (120, 0),
-    r"scan_kernel<cache_kind<(bf16|fp16), true>>": (88, 0),
+    r"generic_scan::scan_kernel<generic_scan::cache_kind<(bf16|fp16), false>>": (120, 0),
+    r"generic_scan::scan_kernel<generic_scan::cache_kind<(bf16|fp16), true>>": (88, 0),
     # lola.kernels.select alone.
     r"select_kernel": (8, 1),
 }
@@ -100,7 +100,7 @@ def output(*command, cwd=None):
 
 
 def readable(names):
-    """scan_kernel<cache_kind<bf16, true>> for what the linker calls it."""
+    """generic_scan::scan_kernel<generic_scan::cache_kind<bf16, true>> for what the linker calls it."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     result = {}
     for name, long in zip(names, plain.splitlines()):
