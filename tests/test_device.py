@@ -715,16 +715,18 @@ def test_numpy_arrays_without_tokens(fake):
     np.testing.assert_allclose(np.concatenate([first, run(data, cache, 13)], 1), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("T", [1111, 2600])
+@pytest.mark.parametrize("T", [1111, 3300])
 def test_what_goes_back_may_be_late(fake, T):
-    """No piece comes in where an earlier one of another length has not gone out."""
+    """No piece comes in where an earlier one has not gone out, and none goes out behind the work on a later one."""
     data = build(WIDE.but(T=T))
     expected = run(data, new_cache(data))
     fake.set("late", 100)
+    fake.set("waits", 0)
     try:
         np.testing.assert_allclose(run(data, device_cache(data)), expected, atol=2e-5)
     finally:
         fake.set("late", 0)
+    assert fake.calls("waits") <= 1             # the first copy waits for what came before and for its piece, others for that
 
 
 def test_memory_on_the_way_does_not_grow_with_length(fake):

@@ -92,9 +92,10 @@ typedef struct run {
   const transfer *transfer;
   const transfer_plan *plan;
   struct staging *staging;
-  int64_t opened, arrived, computed; /* pieces: whose place may be written; that came; that are worked on */
-  piece next;                        /* to be worked on */
-  int width;                         /* workers, of whom the first leads */
+  /* Pieces: whose place may be written; that came; that are worked on; whose results leave. */
+  int64_t opened, arrived, computed, returning;
+  piece next; /* to be worked on */
+  int width;  /* workers, of whom the first leads */
   atomic_int over;
   char *first_region;    /* the region that holds the first byte of fresh memory */
   atomic_uchar *regions; /* NULL: no memory is fresh */
@@ -448,17 +449,20 @@ static lola_status compute_piece(run *run) {
   if (!status && transfer->work)
     status = transfer->work(transfer->context, &run->next, memory_of(run, run->computed), run->message);
   if (!status) status = record(run, staging->computed[at], transfer->stream);
-  if (!status) status = wait_for(run, staging->computed[at], staging->out.stream);
   advance(run->plan, &run->next);
   run->computed++;
   return status;
 }
 
-/* Queues the copy of results to a free block. */
+/* Queues the copy of results to a free block. It waits for the work on its own piece, which may be queued long before
+ * there is a free block, and for no later one's: that waits in turn for an earlier piece's results to leave. */
 static lola_status fetch_block(run *run) {
   struct staging *staging = run->staging;
   block *block = next_block(run, &staging->out);
-  lola_status status = copy_block(run, block, 1, staging->out.stream);
+  lola_status status = LOLA_OK;
+  for (; run->returning <= block->piece.index && !status; run->returning++)
+    status = wait_for(run, staging->computed[run->returning % PIECES], staging->out.stream);
+  if (!status) status = copy_block(run, block, 1, staging->out.stream);
   if (!status) status = record(run, block->copied, staging->out.stream);
   if (!status && block->ends) status = record(run, staging->returned[block->piece.index % PIECES], staging->out.stream);
   join(&staging->out.copying, block);

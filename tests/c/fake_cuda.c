@@ -130,7 +130,7 @@ typedef struct operation {
 typedef struct stream {
   int device, capturing, destroyed;
   operation *first, **last;
-  int64_t asked;
+  int64_t asked, waits; /* the latter: queued one behind the other, with nothing after them */
   struct stream *next;
 } stream;
 
@@ -157,6 +157,7 @@ static void run_one(stream *on) {
   operation *done = on->first;
   on->first = done->next;
   if (!on->first) on->last = &on->first;
+  if (!on->first) on->waits = 0;
   done->run(done);
   free(done->bytes);
   free(done);
@@ -179,6 +180,7 @@ static operation *queue(int device, void *handle, void (*run)(operation *)) {
   made->device = device;
   *on->last = made;
   on->last = &made->next;
+  on->waits = 0;
   return made;
 }
 
@@ -284,6 +286,8 @@ static void run_copy(operation *op) {
 static lola_status queue_copy(int device, void *target, int64_t target_pitch, const void *source, int64_t source_pitch,
                               int64_t bytes, int64_t rows, lola_copy_kind kind, void *stream) {
   if (!bytes || !rows) return LOLA_OK;
+  /* Copies to the host that stand behind two waits or more. */
+  counter_of("waits")->calls += kind == LOLA_COPY_TO_HOST && stream_of(device, stream)->waits > 1;
   operation *op = queue(device, stream, run_copy);
   op->pointers[0] = target;
   op->pointers[1] = (void *)source;
@@ -439,7 +443,9 @@ static lola_status event_wait(int device, void *handle, void *stream, lola_messa
   if (status) return status;
   event *what = event_of(device, handle);
   if (stream_of(device, stream)->capturing) forbid("an event of outside in a graph");
+  int64_t waits = stream_of(device, stream)->waits;
   operation *op = queue(device, stream, run_wait);
+  stream_of(device, stream)->waits = waits + 1;
   op->pointers[0] = what;
   op->pointers[1] = what->on;
   op->numbers[0] = what->queued;
@@ -809,6 +815,7 @@ static PyObject *py_set(PyObject *module, PyObject *arguments) {
   if (!strcmp(name, "current")) current = (int)value;
   if (!strcmp(name, "limit")) limit = value < 0 ? INT64_MAX : value;
   if (!strcmp(name, "late")) late = value;
+  if (!strcmp(name, "waits")) counter_of(name)->calls = value;
   Py_RETURN_NONE;
 }
 
