@@ -88,30 +88,6 @@ template <typename T> cudaError_t launch_items(const launch_arguments &a, int de
   return launch_tiles<T, 32>(a, device);
 }
 
-} // namespace
-
-int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
-  const lola_shape &shape = cache->shape;
-  const plan_sizes sizes = {shape.heads / shape.kv_heads,
-                            cache->sets / shape.kv_heads,
-                            shape.head_dim,
-                            shape.value_dim,
-                            shape.feature_dim,
-                            cache->ring,
-                            cache->config.sparse,
-                            shape.dtype};
-  const int64_t groups = shape.batch * shape.kv_heads;
-  int64_t floats = plan_of(sizes, false).group_floats;
-  if (fits_matrix(sizes)) {
-    const int64_t others = plan_of(sizes, true).group_floats;
-    if (others > floats) floats = others;
-  }
-  return static_cast<int64_t>(sizeof(decode_signals)) + counter_bytes(shape.batch, shape.kv_heads) +
-         rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
-}
-
-namespace {
-
 lola_status launch_queries(const lola_device_segment &g, const call_rows &rows, const query_launch &launch,
                            const scratch_places &places, int device, cudaStream_t stream, lola_message *message) {
   if (!launch.blocks) return LOLA_OK;
@@ -160,6 +136,26 @@ lola_status decode_small(const lola_device_segment &g, const call_rows &rows, co
 }
 
 } // namespace
+
+int64_t lola_cuda_decode_bytes(const lola_cache *cache) {
+  const lola_shape &shape = cache->shape;
+  const plan_sizes sizes = {shape.heads / shape.kv_heads,
+                            cache->sets / shape.kv_heads,
+                            shape.head_dim,
+                            shape.value_dim,
+                            shape.feature_dim,
+                            cache->ring,
+                            cache->config.sparse,
+                            shape.dtype};
+  const int64_t groups = shape.batch * shape.kv_heads;
+  int64_t floats = plan_of(sizes, false).group_floats;
+  if (fits_matrix(sizes)) {
+    const int64_t others = plan_of(sizes, true).group_floats;
+    if (others > floats) floats = others;
+  }
+  return static_cast<int64_t>(sizeof(decode_signals)) + counter_bytes(shape.batch, shape.kv_heads) +
+         rows_bytes(shape.batch) + phi_bytes(shape.batch * shape.heads, shape.feature_dim) + groups * floats * 4;
+}
 
 lola_status lola_cuda_decode(const lola_device_segment *segment, const call_rows &rows, void *scratch, int updates,
                              cudaStream_t stream, lola_message *message) {

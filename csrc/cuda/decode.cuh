@@ -3,6 +3,7 @@
 #define LOLA_CUDA_DECODE_CUH
 
 #include "decode_rows.cuh"
+#include "instructions.cuh"
 #include "segment.cuh"
 
 namespace {
@@ -52,16 +53,17 @@ struct decode_plan {
 /* --- copies ------------------------------------------------------------------------------------------ */
 
 template <int BYTES> __device__ __forceinline__ void copy_async(void *to, const void *from) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  static_assert(BYTES == 16 || BYTES == 4);
+  const unsigned at = shared_address(to);
   if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    cp_async(at, from);
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
 }
 
 /* 16 bytes, zeros when they are not `there`. */
 __device__ __forceinline__ void copy_or_zero(void *to, const void *from, bool there) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned at = shared_address(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
@@ -74,13 +76,13 @@ __device__ __forceinline__ uint64_t read_once() {
 
 /* copy_async and copy_or_zero of 16 bytes that are read once. */
 __device__ __forceinline__ void stream_async(void *to, const void *from, uint64_t policy) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned at = shared_address(to);
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "l"(policy)
                : "memory");
 }
 
 __device__ __forceinline__ void stream_or_zero(void *to, const void *from, bool there, uint64_t policy) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned at = shared_address(to);
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(at), "l"(from),
                "r"(there ? 16 : 0), "l"(policy)
                : "memory");

@@ -599,7 +599,7 @@ __global__ void __launch_bounds__(PIPELINE_THREADS, PIPELINE_BLOCKS)
       if (turn > -STAGES && next.is_work()) {
         /* The zero keeps ptxas from seeing that a warp shares the address: see tests/cuda/disassembly.py. */
         const unsigned zero = threadIdx.x & static_cast<unsigned>(plan.pipeline - 1);
-        const unsigned stages = static_cast<unsigned>(__cvta_generic_to_shared(shared)) ^ zero;
+        const unsigned stages = shared_address(shared) ^ zero;
         const int free = stage == 0 ? STAGES - 1 : stage - 1;
         ask_unit<T>(g, plan, next, scratch.phi,
                     static_cast<char *>(__cvta_shared_to_generic(stages)) + free * STAGE_BYTES);

@@ -10,6 +10,7 @@
 #define LOLA_CUDA_DECODE_ROWS_CUH
 
 #include "divide.cuh"
+#include "instructions.cuh"
 #include "plan.cuh"
 
 /* How a row is looked up. */
@@ -59,20 +60,6 @@ inline row_plan plan_rows(const lola_device_segment &g, bool writes_spans) {
   p.writes_spans = writes_spans;
   p.first_update = (g.W / g.C + 1) * g.C;
   return p;
-}
-
-__device__ __forceinline__ unsigned load_signal(const unsigned *signal) {
-  unsigned x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(signal)) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ void store_signal(unsigned *signal, unsigned x) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
 }
 
 /* Whether pairs leave a row's window with its token: it is the first of its chunk, whose window does not begin with

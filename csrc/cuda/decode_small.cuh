@@ -123,7 +123,7 @@ __device__ __forceinline__ void tile_barrier() {
 /* Copies to shared memory and counts the bytes, for who waits, at its barrier. */
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                   shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   const bool is_state = rank < g.r, recalls = is_state && g.mixing != LOLA_MIXING_CACHE_ONLY;
   const int quarter = warp % WARPS, turn = (plan.blocks - g.r) * TILES;
   float *const tiles = small_memory, *const own = tiles + received_tiles(plan) * TILE_FLOATS;
-  const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&tiles_are_there));
+  const uint32_t barrier = shared_address(&tiles_are_there);
 
   /* A tile of the window, or of a set: those of the window come first. */
   int index = is_state ? plan.tiles : rank - g.r + warp / WARPS * (plan.blocks - g.r);
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
   /* Into L2 what will be read, and weights into registers. */
   float2 weights[PROJECTION_ROWS];
   const float *const hidden = g.hidden + static_cast<int64_t>(state) * (WIDE_F * WIDE) + warp * (QUARTER * WIDE);
-  const uint32_t own_barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&state_is_there[warp]));
+  const uint32_t own_barrier = shared_address(&state_is_there[warp]);
   if (recalls) {
     if (lane == 0) {
       prefetch_once(hidden, QUARTER * WIDE * 4);
@@ -548,7 +548,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 2)
       tile_barrier();
       /* The window's tiles end where the set's begin. */
       const int to_tile = plan.window_tiles + place - (sparse ? 0 : tiles_of(window.pairs));
-      const uint32_t slot = static_cast<uint32_t>(__cvta_generic_to_shared(tiles + to_tile * TILE_FLOATS));
+      const uint32_t slot = shared_address(tiles + to_tile * TILE_FLOATS);
 #pragma unroll 1
       for (int h = quarter; h < heads; h += WARPS) {
         float high, sum, o[4];

@@ -104,6 +104,22 @@ __device__ __forceinline__ void prefetch_l2(const void *address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+/* --- what blocks tell each other through device memory ------------------------------------------------------------ */
+
+__device__ __forceinline__ unsigned load_signal(const unsigned *signal) {
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(signal)) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_signal(unsigned *signal, unsigned x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void add_signal(unsigned *signal, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(signal)), "r"(x) : "memory");
+}
+
 /* --- Hopper: barriers in shared memory and matrices of a warpgroup (4 warps) ------------------------------------- */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -91,17 +91,7 @@ static __device__ inline void lola_mma_chunk(float (&c)[4], const lola_fragment 
   lola_mma(c, f.a[1][0], f.a[1][1], f.a[1][2], f.a[1][3], b.z, b.w);
 }
 
-/* --- a counter that blocks meet at -------------------------------------------------------------------------------- */
-
-static __device__ inline void lola_arrive(unsigned *counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-static __device__ inline unsigned lola_arrivals(const unsigned *counter) {
-  unsigned seen;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  return seen;
-}
+/* --- small things ------------------------------------------------------------------------------------------------- */
 
 /* The thread's index, read anew. What is computed from it is not known to be the same in every turn of a loop: the
  * compiler would otherwise compute it once and keep all of it in registers, which a long loop does not have. */

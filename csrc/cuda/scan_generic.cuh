@@ -107,7 +107,7 @@ struct scan_progress {
 __device__ void arrive(const scan_block &block, scan_progress *progress) {
   progress->rounds++;
   __syncthreads();
-  if (threadIdx.x == 0) lola_arrive(block.barrier);
+  if (threadIdx.x == 0) add_signal(block.barrier, 1);
 }
 
 /* Waits until every block of the group has arrived as often as this one. The last warp looks, the first may still be
@@ -115,7 +115,7 @@ __device__ void arrive(const scan_block &block, scan_progress *progress) {
 __device__ void await(const scan_plan &plan, const scan_block &block, const scan_progress &progress) {
   if (threadIdx.x == THREADS - 32) {
     const unsigned target = progress.rounds * static_cast<unsigned>(plan.group_blocks);
-    while (static_cast<int>(lola_arrivals(block.barrier) - target) < 0) {
+    while (static_cast<int>(load_signal(block.barrier) - target) < 0) {
     }
   }
   __syncthreads();

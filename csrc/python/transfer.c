@@ -321,17 +321,14 @@ static int do_one(run *run, lookout *lookout, const uint64_t *own) {
 /* A worker's own tasks are the same ones of a block each time. To fill a block takes twice as long where another CPU's
  * caches hold it. What comes back the device has written: there all tasks are alike. */
 static void choose_own(int worker, int workers, uint64_t *own) {
-  for (int i = 0; i < BLOCKS * MOST_TASKS; i++) {
-    if (i % MOST_TASKS == 0) own[i / MOST_TASKS] = 0;
-    if (i % workers == worker) own[i / MOST_TASKS] |= UINT64_C(1) << i % MOST_TASKS;
-  }
+  for (int i = worker; i < BLOCKS * MOST_TASKS; i += workers) own[i / MOST_TASKS] |= UINT64_C(1) << i % MOST_TASKS;
 }
 
 /* Workers take from both directions in turn, so that neither waits for the other, and others' tasks where nothing else
  * is to be done. One in five sees to fresh memory first, the others last. */
 static void help(run *run, int worker) {
   lookout in = {&run->staging->in, 0}, out = {&run->staging->out, 0};
-  uint64_t own[BLOCKS];
+  uint64_t own[BLOCKS] = {0};
   int touches = worker % 5 == 0;
   choose_own(worker - 1, run->width - 1, own);
   for (int idle = 0, turn = worker; !atomic_load(&run->over);) {

@@ -156,8 +156,10 @@ static stream *stream_of(int device, void *handle) {
 static void run_one(stream *on) {
   operation *done = on->first;
   on->first = done->next;
-  if (!on->first) on->last = &on->first;
-  if (!on->first) on->waits = 0;
+  if (!on->first) {
+    on->last = &on->first;
+    on->waits = 0;
+  }
   done->run(done);
   free(done->bytes);
   free(done);
@@ -442,10 +444,11 @@ static lola_status event_wait(int device, void *handle, void *stream, lola_messa
   lola_status status = enter("event_wait", message);
   if (status) return status;
   event *what = event_of(device, handle);
-  if (stream_of(device, stream)->capturing) forbid("an event of outside in a graph");
-  int64_t waits = stream_of(device, stream)->waits;
+  struct stream *on = stream_of(device, stream);
+  if (on->capturing) forbid("an event of outside in a graph");
+  int64_t waits = on->waits;
   operation *op = queue(device, stream, run_wait);
-  stream_of(device, stream)->waits = waits + 1;
+  on->waits = waits + 1;
   op->pointers[0] = what;
   op->pointers[1] = what->on;
   op->numbers[0] = what->queued;
